@@ -1,0 +1,125 @@
+"""The run file: one YAML file that says everything about a catalog, as frozen models.
+
+Assumes: `${VAR}` and `${DATE}` are filled in here and nowhere below.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from conjoin.pipeline.embed import EmbedConfig
+from conjoin.pipeline.errors import ConfigError
+from conjoin.pipeline.plan import Limits
+from conjoin.pipeline.publish import Gates
+from conjoin.pipeline.section import Section
+from conjoin.pipeline.source import SourceConfig
+from conjoin.pipeline.store import TableConfig
+from conjoin.pipeline.train import TrainConfig
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+class ClusterConfig(Section):
+    """The machines; without it everything runs on this one."""
+
+    gpus: int = Field(0, ge=0)
+    address: str | None = Field(None, description="an existing Ray cluster; default: start Ray here")
+    price_per_gpu_hour: float | None = Field(None, gt=0)
+
+
+class RunFile(Section):
+    """The whole run file."""
+
+    name: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="the table's name in SQL")
+    source: SourceConfig
+    encoder: str | None = Field(None, description="a trained encoder folder; nights and queries use it")
+    table: TableConfig
+    embed: EmbedConfig = EmbedConfig()
+    limits: Limits = Limits()
+    gates: Gates = Gates()
+    train: TrainConfig = TrainConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+
+def load(file: str | Path = "conjoin.yaml", *, date: dt.date | None = None, **overrides: object) -> RunFile:
+    """Read a run file; overrides are dotted fields with `__` for the dot (`train__epochs=3`).
+
+    Raises ConfigError naming the file, the field and the nearest known key.
+    """
+    return read_run_file(Path(file), [(key.replace("__", "."), value) for key, value in overrides.items()], date)
+
+
+def read_run_file(file: Path, overrides: list[tuple[str, object]], date: dt.date | None) -> RunFile:
+    """Overrides are (dotted field, value); strings are parsed as YAML."""
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError("no run file", where=str(file), next="`conjoin init DATA` writes one") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"not valid YAML: {error}", where=str(file)) from error
+    if not isinstance(raw, dict):
+        raise ConfigError("a run file is a mapping of sections", where=str(file))
+    for field, value in overrides:
+        _override(raw, field.split("."), yaml.safe_load(value) if isinstance(value, str) else value)
+    filled = _fill(raw, {**os.environ, "DATE": (date or dt.date.today()).isoformat()}, str(file))  # noqa: DTZ011
+    try:
+        return RunFile.model_validate(filled)
+    except ValidationError as error:
+        raise ConfigError(_explain(error), where=str(file)) from None
+
+
+def _override(raw: dict[str, Any], path: list[str], value: object) -> None:
+    for key in path[:-1]:
+        raw = raw.setdefault(key, {})
+        if not isinstance(raw, dict):
+            raise ConfigError(f"--set {'.'.join(path)}: {key} is not a section")
+    raw[path[-1]] = value
+
+
+def _fill(value: Any, variables: dict[str, str], where: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _fill(item, variables, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_fill(item, variables, where) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        if match[1] not in variables:
+            raise ConfigError(f"${{{match[1]}}} is not set", where=where, next=f"export {match[1]}=...")
+        return variables[match[1]]
+
+    return _VARIABLE.sub(replace, value)
+
+
+def _explain(error: ValidationError) -> str:
+    """One line per wrong field: its dotted name, what is wrong, and for an unknown key the nearest known one."""
+    lines = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(item["loc"][-1]), _known(item["loc"][:-1]), 1, 0.5)
+            lines.append(f"{name}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
+        else:
+            lines.append(f"{name}: {item['msg'][:1].lower()}{item['msg'][1:]}")
+    return "; ".join(lines)
+
+
+def _known(path: tuple[int | str, ...]) -> list[str]:
+    model: Any = RunFile
+    for part in path:
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        if field is None:
+            from conjoin.pipeline.train import TowerConfig
+
+            return list(TowerConfig.model_fields)
+        model = field.annotation
+    return list(getattr(model, "model_fields", {}))

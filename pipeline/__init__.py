@@ -1,0 +1,1 @@
+"""What happens to the data: sources, training, embedding, the Lance table, publishing, SQL."""
