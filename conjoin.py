@@ -1,7 +1,7 @@
 """The Python face of conjoin: `import conjoin as cj`, every name loaded on first use.
 
-Assumes: it lies beside the three floors. In the repository they are the top-level folders `encoders`,
-`pipeline` and `jobs`; in an installed wheel this file is `conjoin/__init__.py` and they lie beside it there.
+Assumes: the three floors are the folders `encoders`, `pipeline` and `jobs` beside this file in the repository, and
+below a folder `conjoin` beside it where it is installed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 # One import name, wherever the floors lie: conjoin.pipeline is ours even in a project that has its own pipeline/.
-__path__ = [str(Path(__file__).resolve().parent)]
+_here = Path(__file__).resolve().parent
+__path__ = [str(_here / "conjoin" if (_here / "conjoin").is_dir() else _here)]
 
 _NAMES = {
     "open": ("conjoin.pipeline.query", "open_table"),
