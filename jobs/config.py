@@ -123,3 +123,10 @@ def _known(path: tuple[int | str, ...]) -> list[str]:
             return list(TowerConfig.model_fields)
         model = field.annotation
     return list(getattr(model, "model_fields", {}))
+
+
+def table_of(target: str) -> str:
+    """URI of the table that a run file, or a table's own path, stands for."""
+    if target.rstrip("/").endswith(".lance"):
+        return target.rstrip("/")
+    return read_run_file(Path(target), [], None).table.path

@@ -1,0 +1,248 @@
+"""The command line: parse, call, print. Data goes to stdout, progress to stderr; exit 0 done, 1 failed, 2 usage.
+
+Assumes: everything heavy is imported inside a command, so that `conjoin --help` is instant.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from conjoin.jobs.config import RunFile
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Joint embeddings from paired data, kept fresh in a LanceDB table and queried with SQL.",
+    epilog="Start with `conjoin demo`, or with your own Parquet: `conjoin init DATA`, `conjoin check`, "
+    "`conjoin train`, `conjoin run`, `conjoin search WORDS`.",
+)
+
+File = Annotated[Path, typer.Argument(help="the run file", show_default=True)]
+Table = Annotated[str, typer.Argument(help="the run file, or a table's path (.lance)", metavar="[FILE]")]
+Set = Annotated[list[str], typer.Option("--set", help="override a field: --set train.epochs=3", metavar="FIELD=VALUE")]
+Date = Annotated[str | None, typer.Option("--date", help="the logical date, ${DATE} in the run file; default: today")]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
+DEFAULT = Path("conjoin.yaml")
+
+
+def main() -> None:
+    """Entry point: our errors become one sentence on stderr and an exit code."""
+    from conjoin.pipeline.errors import ConfigError, ConjoinError, Interrupted
+
+    try:
+        app()
+    except ConfigError as error:
+        sys.exit(_complain(error, 2))
+    except (Interrupted, KeyboardInterrupt) as error:
+        sys.exit(_complain(error, 130))
+    except ConjoinError as error:
+        if os.environ.get("CONJOIN_TRACEBACK"):
+            raise
+        sys.exit(_complain(error, 1))
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+def _complain(error: BaseException, code: int) -> int:
+    text = str(error) or "stopped; the same command resumes"
+    print(f"conjoin: {text}", file=sys.stderr)
+    return code
+
+
+def _read(file: Path, overrides: list[str], date: str | None) -> RunFile:
+    from conjoin.jobs.config import read_run_file
+    from conjoin.pipeline.errors import ConfigError
+
+    pairs: list[tuple[str, object]] = []
+    for item in overrides:
+        field, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item}: expected FIELD=VALUE", next="For example --set train.epochs=3")
+        pairs.append((field, value))
+    try:
+        day = dt.date.fromisoformat(date) if date else None
+    except ValueError:
+        raise ConfigError(f"--date {date}: expected YYYY-MM-DD") from None
+    return read_run_file(file, pairs, day)
+
+
+def _target_and(words: list[str]) -> tuple[str, str]:
+    """[FILE] TEXT: the last word is the text, one before it the run file or table."""
+    if len(words) > 2:
+        raise typer.BadParameter(f"expected [FILE] and one text, got {len(words)} arguments; quote the text")
+    return (words[0] if len(words) == 2 else str(DEFAULT)), words[-1]
+
+
+def _logical_date(date: str | None) -> dt.date:
+    return dt.date.fromisoformat(date) if date else dt.date.today()  # noqa: DTZ011
+
+
+@app.command()
+def init(
+    data: Annotated[str | None, typer.Argument(help="Parquet: a file, a glob, a directory, s3://")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="where to write the run file")] = DEFAULT,
+    name: Annotated[str | None, typer.Option(help="the table's name in SQL; default: from the data's name")] = None,
+    force: Annotated[bool, typer.Option(help="overwrite an existing run file")] = False,
+) -> None:
+    """Write a commented run file with the columns of DATA guessed."""
+    from conjoin.jobs.init import write_run_file
+
+    for line in write_run_file(data, out, name, force):
+        print(line, file=sys.stderr)
+    print(out)
+
+
+@app.command()
+def check(file: File = DEFAULT, set_: Set = [], date: Date = None, as_json: Json = False) -> None:  # noqa: B006
+    """Say what the run file means: rows, columns, modalities, encoder, where things go, access."""
+    from conjoin.jobs.check import understand
+    from conjoin.jobs.render import facts
+
+    found = understand(_read(file, set_, date))
+    print(json.dumps(found, indent=1) if as_json else facts(found))
+
+
+@app.command()
+def train(file: File = DEFAULT, set_: Set = [], date: Date = None, as_json: Json = False) -> None:  # noqa: B006
+    """Train a joint encoder from the run file's recipe; the same command resumes after a crash."""
+    from conjoin.jobs.progress import Screen
+    from conjoin.jobs.tasks import train as task
+
+    with Screen() as screen:
+        report = task(_read(file, set_, date), progress=screen.show)
+    if as_json:
+        print(json.dumps(report.to_json(), indent=1))
+        return
+    for line in report.lines():
+        print(line, file=sys.stderr)
+    print(report.encoder)
+
+
+@app.command()
+def evaluate(
+    file: File = DEFAULT,
+    split: Annotated[str | None, typer.Option(help="validation or test of the source, embedded now")] = None,
+    where: Annotated[str | None, typer.Option(help="SQL condition on the published table: rows to evaluate")] = None,
+    classify: Annotated[str | None, typer.Option(help="zero-shot: the column of classes")] = None,
+    template: Annotated[list[str], typer.Option(help="prompt for a class, {} is its name; repeatable")] = ["a {}"],  # noqa: B006
+    set_: Set = [],  # noqa: B006
+    date: Date = None,
+    as_json: Json = False,
+) -> None:
+    """Retrieval both ways (hit@1/5/10, median rank, MRR, with intervals) and zero-shot accuracy."""
+    from conjoin.jobs.progress import Screen
+    from conjoin.jobs.render import evaluation
+    from conjoin.jobs.tasks import evaluate as task
+
+    with Screen() as screen:
+        found = task(_read(file, set_, date), split, where, (classify, tuple(template)), progress=screen.show)
+    print(json.dumps(found.to_json(), indent=1) if as_json else evaluation(found))
+
+
+@app.command()
+def run(
+    file: File = DEFAULT,
+    set_: Set = [],  # noqa: B006
+    date: Date = None,
+    full: Annotated[bool, typer.Option("--full", help="embed every row again, whatever is published")] = False,
+    as_json: Json = False,
+) -> None:
+    """Bring the table up to date with the source and publish it: the night. The same command resumes."""
+    from conjoin.jobs.nightly import run as night
+    from conjoin.jobs.progress import Screen
+    from conjoin.jobs.render import night_report
+
+    config = _read(file, set_, date)
+    with Screen() as screen:
+        report = night(config, _logical_date(date), full=full, progress=screen.show)
+    print(json.dumps(report.to_json(), indent=1) if as_json else night_report(report))
+
+
+@app.command()
+def query(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[FILE] SQL", help="SELECT ... with text('..'), image('file'), distance(column, vector)"
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="write a .parquet, .csv or .json file")] = None,
+    as_csv: Annotated[bool, typer.Option("--csv")] = False,
+    as_json: Json = False,
+) -> None:
+    """Answer SQL over the published table; FILE is a run file or a table's path."""
+    from conjoin.jobs.config import table_of
+    from conjoin.jobs.render import write_rows
+    from conjoin.pipeline.query import open_table
+
+    target, sql = _target_and(words)
+    result = open_table(table_of(target)).sql(sql)
+    write_rows(result.to_arrow(), out=out, style="json" if as_json else "csv" if as_csv else "table")
+
+
+@app.command()
+def search(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[FILE] [WORDS]", help="what to look for")] = None,
+    image: Annotated[str | None, typer.Option(help="look for what is like this picture")] = None,
+    where: Annotated[str | None, typer.Option(help="SQL condition over the table's columns")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, max=10_000, help="how many")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Find the records nearest to words or to a picture."""
+    from conjoin.jobs.config import table_of
+    from conjoin.jobs.render import write_rows
+    from conjoin.pipeline.query import open_table
+
+    target, text = _target_and(words or [""]) if image is None else ((words or [str(DEFAULT)])[0], "")
+    result = open_table(table_of(target)).search(text or None, image=image, where=where, k=k)
+    write_rows(result.to_arrow(), style="json" if as_json else "table")
+
+
+@app.command()
+def history(target: Table = str(DEFAULT), as_json: Json = False) -> None:
+    """Versions that were published, with their runs and rows, and who is live."""
+    from conjoin.jobs.config import table_of
+    from conjoin.jobs.render import write_rows
+    from conjoin.jobs.tasks import history_rows
+
+    write_rows(history_rows(table_of(target)), style="json" if as_json else "table")
+
+
+@app.command()
+def rollback(
+    target: Table = str(DEFAULT),
+    to: Annotated[int | None, typer.Option(help="a published version; default: the one before")] = None,
+) -> None:
+    """Make an earlier version live again; readers follow at once."""
+    from conjoin.jobs.config import table_of
+    from conjoin.pipeline.publish import rollback as move
+
+    print(move(table_of(target), to))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for everything the demo writes")] = Path("demo"),
+    data: Annotated[Path | None, typer.Option(help="emoji.parquet; default: the repository's")] = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="no pretrained towers at all")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train, embed, publish and query 6,639 emoji in front of you; prints the path of a page with the answers."""
+    from conjoin.jobs.demo import run_demo
+    from conjoin.jobs.progress import Screen
+
+    with Screen() as screen:
+        page, found = run_demo(out, data, from_scratch=from_scratch, progress=screen.show)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    print(page)

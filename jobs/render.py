@@ -1,0 +1,112 @@
+"""Results as text for people or as JSON, CSV and Parquet for programs.
+
+Assumes: what is printed here goes to stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from conjoin.pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Style = Literal["table", "json", "csv"]
+
+
+def facts(found: Mapping[str, object], indent: int = 0) -> str:
+    """Nested facts as aligned lines, `name  value`."""
+    width = max((len(name) for name in found), default=0)
+    lines = []
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            lines += [" " * indent + name, facts(value, indent + 2)]
+        elif isinstance(value, list):
+            lines += [" " * indent + f"{name:<{width}}  {item}" for item in value] or []
+        else:
+            lines.append(" " * indent + f"{name:<{width}}  {value}")
+    return "\n".join(lines)
+
+
+def write_rows(rows: pa.Table, *, out: Path | None = None, style: Style = "table") -> None:
+    """To a file by its suffix, else to stdout in a style."""
+    if out is None:
+        sys.stdout.write(_json(rows) if style == "json" else _csv(rows) if style == "csv" else _text(rows))
+        return
+    if out.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        pq.write_table(rows, out)
+    elif out.suffix in (".csv", ".json"):
+        out.write_text(_csv(rows) if out.suffix == ".csv" else _json(rows), encoding="utf-8")
+    else:
+        raise ConfigError(
+            f"cannot write {out.suffix or 'a file without a suffix'}",
+            where=str(out),
+            next="Use .parquet, .csv or .json",
+        )
+    print(out)
+
+
+def _plain(value: object) -> object:
+    """A JSON value: bytes as their size, NaN as null."""
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _json(rows: pa.Table) -> str:
+    return (
+        json.dumps([{name: _plain(value) for name, value in row.items()} for row in rows.to_pylist()], indent=1) + "\n"
+    )
+
+
+def _csv(rows: pa.Table) -> str:
+    import csv
+    import io
+
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(rows.column_names)
+    writer.writerows([_plain(value) for value in row.values()] for row in rows.to_pylist())
+    return buffer.getvalue()
+
+
+def _text(rows: pa.Table) -> str:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in rows.column_names:
+        table.add_column(name, overflow="ellipsis", no_wrap=True)
+    for row in rows.to_pylist():
+        table.add_row(*(Text(_cell(value)) for value in row.values()))
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + f"\n({rows.num_rows} rows)\n"
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, list) and len(value) > 4:
+        return "[" + ", ".join(_cell(item) for item in value[:3]) + f", ... {len(value)}]"
+    return str(value)
