@@ -1,17 +1,24 @@
-"""Files on a local disk or in a bucket, by one URI: list, read, write by rename, create if absent.
+"""Files on a local disk or in a bucket, by one URI: list, read, write by rename, create if absent, retry.
 
 Assumes: credentials and endpoint come from the standard AWS environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
-AWS_ENDPOINT_URL, AWS_REGION) or the machine's role, never from the run file.
+AWS_ENDPOINT_URL, AWS_REGION) or the machine's role, never from the run file. `retry` is the only place that repeats:
+botocore's and s3fs's own repeats are switched off, so that a wrong endpoint is reported in seconds.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import posixpath
+import random
+import time
 import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from conjoin.pipeline.errors import StorageError
 
@@ -19,23 +26,59 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 FORMAT = 1
+ATTEMPTS = 4
+FIRST_PAUSE_S = 0.25
+
+_T = TypeVar("_T")
+_BUSY_CODES = {
+    "SlowDown",
+    "InternalError",
+    "ServiceUnavailable",
+    "RequestTimeout",
+    "RequestTimeTooSkewed",
+    "Throttling",
+}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_TRANSIENT = {errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE, errno.ESTALE, errno.EREMOTEIO}
+_CREDENTIALS = "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY (or the machine's role) and the bucket's policy"
+
+
+@dataclass(frozen=True, slots=True)
+class FileStat:
+    """One file as a listing shows it; `etag` changes whenever the content does."""
+
+    uri: str
+    size_bytes: int
+    etag: str
 
 
 def is_s3(uri: str) -> bool:
     return uri.startswith(("s3://", "s3a://"))
 
 
+def endpoint() -> str | None:
+    """The S3 endpoint of the environment; None means AWS itself."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+
+
 def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of a URI and the path in it."""
+    """The file system of a URI and the path in it, absolute on a local disk."""
     import fsspec
 
-    if is_s3(uri):
-        import s3fs
+    if not is_s3(uri):
+        return fsspec.filesystem("file"), str(Path(uri.removeprefix("file://")).absolute())
+    import s3fs
 
-        return s3fs.S3FileSystem(
-            default_cache_type="none", listings_expiry_time=0, use_listings_cache=False
-        ), uri.split("://", 1)[1]
-    return fsspec.filesystem("file"), uri.removeprefix("file://")
+    # The endpoint is an argument so that fsspec's instance cache keeps two endpoints apart.
+    fs = s3fs.S3FileSystem(
+        endpoint_url=endpoint(),
+        default_cache_type="none",
+        listings_expiry_time=0,
+        use_listings_cache=False,
+        config_kwargs={"connect_timeout": 10, "read_timeout": 60, "retries": {"total_max_attempts": 1}},
+    )
+    fs.retries = 1
+    return fs, uri.split("://", 1)[1]
 
 
 def lance_options(uri: str) -> dict[str, str]:
@@ -56,61 +99,155 @@ def lance_options(uri: str) -> dict[str, str]:
     return options
 
 
+def retry(action: Callable[[], _T], *, verb: str, where: str) -> _T:
+    """Run `action`; repeat it with growing pauses while its StorageError is `.retryable`, ATTEMPTS times in all.
+
+    verb: what is being done ("read", "write"), for the message. Errors of file systems, S3 and sockets are turned
+    into StorageError by `explain`; every other error passes through at once.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return action()
+        except Exception as raised:
+            error = explain(raised, verb, where)
+            if error is None:
+                raise
+            if not error.retryable or attempt == ATTEMPTS - 1:
+                if error is raised:
+                    raise
+                raise error from raised
+        time.sleep(FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311
+    raise AssertionError("unreachable")
+
+
+def explain(error: Exception, verb: str, where: str) -> StorageError | None:
+    """The StorageError that says what went wrong, `.retryable` set; None if it is not an error of storage."""
+    if isinstance(error, StorageError):
+        return error
+    if is_s3(where):
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        if not isinstance(error, OSError | TimeoutError | BotoCoreError | ClientError):
+            return None
+        return _explain_s3(error, verb, where)
+    return _explain_local(error, verb, where) if isinstance(error, OSError) else None
+
+
+def _explain_local(error: OSError, verb: str, where: str) -> StorageError:
+    if isinstance(error, FileNotFoundError):
+        return StorageError("no such file", where=where)
+    if isinstance(error, PermissionError):
+        return StorageError(f"cannot {verb}: permission denied", where=where)
+    if error.errno in _FULL:
+        return StorageError(f"cannot {verb}: the disk is full", where=where, next="Free space and repeat the command")
+    return _retryable(StorageError(f"cannot {verb}: {error}", where=where), error.errno in _TRANSIENT)
+
+
+def _explain_s3(error: Exception, verb: str, where: str) -> StorageError:
+    from botocore import exceptions as boto
+
+    bucket = where.split("://", 1)[1].split("/", 1)[0]
+    cause = error if isinstance(error, boto.ClientError) else error.__cause__
+    response = cause.response if isinstance(cause, boto.ClientError) else {}
+    code = str(response.get("Error", {}).get("Code", ""))
+    status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
+        return StorageError(f"cannot {verb}: no credentials for S3", where=where, next=_CREDENTIALS)
+    if code == "NoSuchBucket":
+        return StorageError(f"no bucket named {bucket}", where=where, next="Create it, or correct the name")
+    if isinstance(error, FileNotFoundError):
+        return StorageError("no such file", where=where)
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return StorageError(f"cannot {verb}: S3 denied access (403, {error})", where=where, next=_CREDENTIALS)
+    if isinstance(error, boto.ConnectionError | boto.HTTPClientError | TimeoutError):
+        what = f"cannot {verb}: no answer from {endpoint() or 'S3'}: {error}"
+        advice = "Check AWS_ENDPOINT_URL, the network and that the server runs"
+        return _retryable(StorageError(what, where=where, next=advice), True)
+    busy = code in _BUSY_CODES or status >= 500 or status == 429
+    transient = busy or (isinstance(error, OSError) and error.errno in _TRANSIENT)
+    return _retryable(StorageError(f"cannot {verb}: {error}", where=where), transient)
+
+
+def _retryable(error: StorageError, retryable: bool) -> StorageError:
+    error.retryable = retryable
+    return error
+
+
 def join(base: str, *parts: str) -> str:
     return posixpath.join(base.rstrip("/"), *parts)
 
 
 def exists(uri: str) -> bool:
+    """A file or a directory; a bucket that is missing holds nothing."""
     fs, path = filesystem(uri)
-    return bool(fs.exists(path))
+    return retry(lambda: bool(fs.exists(path)), verb="look for", where=uri)
+
+
+def is_directory(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    return retry(lambda: bool(fs.isdir(path)), verb="look for", where=uri)
 
 
 def read_bytes(uri: str) -> bytes:
     """Raises StorageError if it is missing or cannot be read."""
     fs, path = filesystem(uri)
-    try:
-        return cast(bytes, fs.cat_file(path))
-    except FileNotFoundError as error:
-        raise StorageError("no such file", where=uri) from error
-    except OSError as error:
-        raise StorageError(f"cannot read: {error}", where=uri) from error
+    return retry(lambda: cast(bytes, fs.cat_file(path)), verb="read", where=uri)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Whole or not at all: a bucket's PUT, or a neighbour file, fsync and rename."""
     fs, path = filesystem(uri)
+    action = (lambda: fs.pipe_file(path, data)) if is_s3(uri) else (lambda: _write_by_rename(Path(path), data))
+    retry(action, verb="write", where=uri)
+
+
+def _write_by_rename(target: Path, data: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
-        if is_s3(uri):
-            fs.pipe_file(path, data)
-            return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         with beside.open("wb") as out:
             out.write(data)
             out.flush()
             os.fsync(out.fileno())
         beside.replace(target)
-    except OSError as error:
-        raise StorageError(f"cannot write: {error}", where=uri, next="Check space and permissions") from error
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
-    """Write only if nothing is there (a lease); False if somebody was first."""
+    """Write only if nothing is there (a lease); False if somebody was first.
+
+    A PUT whose answer was lost may have succeeded: what lies there already counts as ours if it equals `data`
+    after a repeat, so `data` must be unique to its writer.
+    """
     fs, path = filesystem(uri)
-    try:
-        if is_s3(uri):
-            fs.pipe_file(path, data, mode="create")
-            return True
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("xb") as out:
-            out.write(data)
+    tries = 0
+
+    def create() -> bool:
+        nonlocal tries
+        tries += 1
+        try:
+            if is_s3(uri):
+                fs.pipe_file(path, data, mode="create")
+            else:
+                _create_whole(Path(path), data)
+        except FileExistsError:
+            return tries > 1 and cast(bytes, fs.cat_file(path)) == data
         return True
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise StorageError(f"cannot create: {error}", where=uri) from error
+
+    return retry(create, verb="create", where=uri)
+
+
+def _create_whole(target: Path, data: bytes) -> None:
+    """A hard link appears whole or not at all; opening with "x" would show an empty file first."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        beside.write_bytes(data)
+        os.link(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_json(uri: str, value: dict[str, object]) -> None:
@@ -133,13 +270,49 @@ def read_json(uri: str) -> dict[str, object]:
 
 def list_files(uri: str) -> list[str]:
     """Every file below a directory, as sorted URIs; empty if there is none."""
+    return [found.uri for found in list_stats(uri)]
+
+
+def list_stats(uri: str) -> list[FileStat]:
+    """Every file below a directory (or the file itself) with size and etag, sorted by URI; empty if there is none."""
     fs, path = filesystem(uri)
-    prefix = "s3://" if is_s3(uri) else ""
-    return sorted(prefix + found for found in fs.find(path)) if fs.exists(path) else []
+    found = retry(lambda: fs.find(path, detail=True) if fs.exists(path) else {}, verb="list", where=uri)
+    return [_stat(uri, found[name]) for name in sorted(found)]
+
+
+def match_stats(pattern: str) -> list[FileStat]:
+    """Every file that a glob matches (`*`, `?`, `[...]`, `**` for any depth), sorted by URI."""
+    fs, path = filesystem(pattern)
+    found = retry(lambda: fs.glob(path, detail=True), verb="list", where=pattern)
+    return [_stat(pattern, found[name]) for name in sorted(found) if found[name]["type"] == "file"]
+
+
+def _stat(uri: str, info: dict[str, object]) -> FileStat:
+    """A local file has no etag: its modification time and inode stand for one, since every writer renames."""
+    if is_s3(uri):
+        return FileStat(f"s3://{info['name']}", int(str(info["size"])), str(info["ETag"]).strip('"'))
+    found = Path(str(info["name"])).stat()
+    return FileStat(str(info["name"]), found.st_size, f"{found.st_mtime_ns:x}-{found.st_ino:x}")
+
+
+def copy_tree(source: str, target: str) -> None:
+    """Copy every file below `source` to the same place below `target`, in name order; one of the two is local.
+
+    Nothing that was at `target` before is removed. Raises StorageError.
+    """
+    fs, root = filesystem(source)
+    for uri in list_files(source):
+        path = filesystem(uri)[1]
+        to = join(target, path.removeprefix(root).lstrip("/"))
+        if is_s3(target):
+            remote, key = filesystem(to)
+            retry(partial(remote.put_file, path, key), verb="write", where=to)
+        else:
+            Path(to).parent.mkdir(parents=True, exist_ok=True)
+            retry(partial(fs.get_file, path, to), verb="read", where=uri)
 
 
 def remove(uri: str) -> None:
     """A file or a tree; nothing there is fine."""
     fs, path = filesystem(uri)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    retry(lambda: fs.rm(path, recursive=True) if fs.exists(path) else None, verb="remove", where=uri)
