@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOOR = {"encoders": 0, "pipeline": 1, "jobs": 2}
 FORBIDDEN_IN_ENCODERS = {"ray", "lance", "lancedb", "duckdb", "fsspec", "s3fs", "pydantic"}
-FILES = sorted(path for floor in FLOOR for path in (ROOT / floor).rglob("*.py")) + [ROOT / "conjoin.py"]
+FILES = [*sorted(path for floor in FLOOR for path in (ROOT / floor).rglob("*.py")), ROOT / "conjoin.py"]
 
 
 def imports(path: Path) -> set[str]:
