@@ -63,7 +63,8 @@ def render(page: Page) -> str:
     ]
     style = (Path(__file__).parent / "report.css").read_text(encoding="ascii")
     head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{_text(page.title)}</title>"
-    return f"<!doctype html><html lang=en><head>{head}<style>{style}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
+    body = f"<body><main>{''.join(parts)}</main></body>"
+    return f"<!doctype html><html lang=en><head>{head}<style>{style}</style></head>{body}</html>\n"
 
 
 def data_uri(image: bytes) -> str:
