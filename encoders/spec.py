@@ -25,10 +25,16 @@ class TextTransform:
 
 @dataclass(frozen=True, slots=True)
 class ImageTransform:
-    """Decoded RGB picture to (3, size_px, size_px) float32, (value / 255 - mean) / std."""
+    """Decoded picture to (3, size_px, size_px) float32, (value / 255 - mean) / std.
+
+    fit: `pad` keeps all of it on `background`, `crop` its centre, `squash` changes its proportions.
+    resize_px: for `crop`, the shorter side before the centre of size_px is cut out; 0 means size_px.
+    """
 
     size_px: int = 128
     fit: Literal["pad", "crop", "squash"] = "pad"
+    resize_px: int = 0
+    resample: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     background: tuple[int, int, int] = (255, 255, 255)
@@ -59,8 +65,11 @@ class TowerSpec:
     """One modality's tower: transform, backbone, pooling and projection head.
 
     backbone: `transformer`, `cnn`, `audio-cnn` (built in), `efficientnet-lite0`, or `transformers`.
-    config: the backbone's own configuration (for `transformers` its config.json), enough to rebuild it without a hub.
+    config: the backbone's own configuration, enough to rebuild it without a hub; for `transformers` the class, its
+        config.json and, for audio, the feature extractor's.
     width: W, the pooled backbone output; the head maps (B, W) to (B, dim).
+    pooling: over positions; `none` takes the backbone's own pooled or projected output.
+    head_width: hidden units of an `mlp` head; 0 otherwise.
     items: what embedding does with a list of values: the first one, or the renormalised mean of their vectors.
     """
 
