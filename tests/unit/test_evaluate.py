@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from conjoin.pipeline import evaluate
+from conjoin.pipeline.errors import ConfigError, TableError
+from conjoin.pipeline.evaluate import Classes, Vectors, compare
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def aligned() -> dict[str, Vectors]:
+    """Six pictures of four captions; each picture lies on its caption's axis."""
+    captions = np.array([0, 0, 1, 1, 2, 3])
+    vectors = np.eye(4, dtype=np.float32)[captions]
+    return {"image": Vectors(vectors, captions, np.arange(6)), "text": Vectors(vectors, captions, captions)}
+
+
+def test_a_caption_of_two_pictures_is_asked_once(aligned: dict[str, Vectors]) -> None:
+    found = {(d.query, d.candidate): d for d in compare(aligned)}
+    assert found["text", "image"].num_queries == 4
+    assert found["image", "text"].num_queries == 6
+    assert found["text", "image"].hit_at[1].value == 1
+    assert found["text", "image"].mrr.value == 1  # two right pictures tied at the top are found at once
+
+
+def test_queries_without_a_right_candidate_are_left_out(aligned: dict[str, Vectors]) -> None:
+    text = aligned["text"]
+    odd = Vectors(text.vectors_ND, np.array([0, 0, 1, 1, 2, 99]), np.array([0, 0, 1, 1, 2, 99]))
+    found = {(d.query, d.candidate): d for d in compare({"image": aligned["image"], "text": odd})}
+    assert found["text", "image"].num_queries == 3
+    assert found["image", "text"].num_candidates == 6
+
+
+def test_random_vectors_hit_at_chance() -> None:
+    rng = np.random.default_rng(0)
+    ids = np.arange(1000)
+    sets = {name: Vectors(unit(rng.normal(size=(1000, 8))), ids, ids) for name in ("image", "text")}
+    for direction in compare(sets):
+        assert direction.hit_at[10].low <= 0.01 <= direction.hit_at[10].high
+
+
+def test_templates_need_a_place_for_the_class() -> None:
+    with pytest.raises(ConfigError, match=r"no \{\}"):
+        Classes("category", ("a photo",))
+
+
+def test_null_groups_are_nobodys_positives() -> None:
+    codes = evaluate._codes(pa.chunked_array([["a", None], ["a", None]]))
+    assert codes[0] == codes[2]
+    assert len(set(codes.tolist())) == 3
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    import lance
+
+    vectors = unit(np.random.default_rng(1).normal(size=(50, 4)))
+    meta = {"conjoin:fingerprint": "f", "conjoin:metric": "cosine", "conjoin:dim": "4", "conjoin:encoder": "none"}
+    columns, fields = [pa.array([f"r{i}" for i in range(50)])], [pa.field("id", pa.string())]
+    for modality in ("image", "text"):
+        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 4, mask=pa.array(np.arange(50) == 7))
+        columns += [column, pa.array([bytes([i]) * 16 for i in range(50)], pa.binary(16))]
+        kind = pa.list_(pa.float32(), 4)
+        fields.append(pa.field(f"{modality}_vec", kind, metadata={**meta, "conjoin:modality": modality}))
+        fields.append(pa.field(f"{modality}_hash", pa.binary(16)))
+    dataset = lance.write_dataset(pa.table(columns, schema=pa.schema(fields)), tmp_path / "t.lance")
+    dataset.tags.create("live", dataset.version)
+    return str(tmp_path / "t.lance")
+
+
+def test_a_table_is_evaluated_where_a_condition_holds(table: str) -> None:
+    found = evaluate.evaluate_table(table, "id <> 'r0'")
+    assert found.direction("text", "image").num_candidates == 48  # one left out, one without a vector
+    assert found.direction("text", "image").hit_at[1].value == 1
+
+
+@pytest.mark.parametrize(("where", "message"), [("nosuch = 1", "nosuch"), ("id = 'none'", "no rows")])
+def test_conditions_that_find_nothing_are_errors(table: str, where: str, message: str) -> None:
+    with pytest.raises(TableError, match=message):
+        evaluate.evaluate_table(table, where)
