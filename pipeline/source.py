@@ -1,15 +1,66 @@
-"""Paired Parquet, local or on S3, as records: files, row positions, a Ray Dataset, splits.
+"""Paired Parquet, local or on S3: which files, which columns, their rows, a Ray Dataset over exactly those files.
 
-Assumes: the source is never modified.
+Assumes: the source is never modified. Paths of files are absolute (or s3://), so that every worker reads the same one.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from conjoin.pipeline import columns, listing, storage, template
+from conjoin.pipeline.columns import SourceSchema
+from conjoin.pipeline.errors import ConfigError, SourceError, StorageError
+from conjoin.pipeline.records import (
+    all_columns,
+    columns_of,
+    content_hash,
+    content_hashes,
+    group_values,
+    kept_of,
+    split_of,
+    uris_of,
+    values_of,
+)
 from conjoin.pipeline.section import Section
+from conjoin.pipeline.utf8 import python_values
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import ray.data
+
+__all__ = [
+    "SourceConfig",
+    "SourceFile",
+    "SourceSchema",
+    "Split",
+    "all_columns",
+    "check_source",
+    "columns_of",
+    "content_hash",
+    "content_hashes",
+    "dataset",
+    "group_values",
+    "kept_of",
+    "list_source",
+    "python_values",
+    "read_rows",
+    "schema_of",
+    "split_of",
+    "uris_of",
+    "values_of",
+]
+
+_FOOTER_THREADS = 16
+_BATCH_ROWS = 1024
+_T = TypeVar("_T")
 
 
 class Split(Section):
@@ -39,7 +90,197 @@ class SourceConfig(Section):
     )
     split: Split = Field(default_factory=Split, description="shares by a hash of the group or id")
 
+    @field_validator("text")
+    @classmethod
+    def _template(cls, text: str | None) -> str | None:
+        if text is not None and "{" in text:
+            try:
+                template.parts(text)
+            except ConfigError as error:
+                raise ValueError(error.what) from None
+        return text
+
     @property
     def modalities(self) -> tuple[str, ...]:
         """The modalities this source gives, in a fixed order."""
         return tuple(name for name in ("image", "text", "audio") if getattr(self, name) is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One Parquet file; row_groups: the number of rows of each row group, in order."""
+
+    path: str
+    size_bytes: int
+    etag: str
+    num_rows: int
+    row_groups: tuple[int, ...]
+
+
+def list_source(config: SourceConfig, known: Mapping[str, SourceFile] | None = None) -> tuple[SourceFile, ...]:
+    """Every file of the source with the rows of its row groups; the columns of all opened files are checked.
+
+    known: files of an earlier night by path; one whose size and etag are unchanged is not opened again.
+    Raises SourceError for missing files, empty globs, table formats, no rows, missing columns and wrong types.
+    """
+    stats = listing.parquet_files(config.path)
+    unopened = {stat: old for stat in stats if (old := (known or {}).get(stat.uri)) and _is_same(old, stat)}
+    to_open = [stat for stat in stats if stat not in unopened]
+    footers = _footers(to_open)
+    if footers:
+        columns.unify(config, [(stat.uri, footer.schema) for stat, footer in footers.items()])
+    files = tuple(unopened[stat] if stat in unopened else _file(stat, footers[stat]) for stat in stats)
+    if not any(file.num_rows for file in files):
+        raise SourceError(f"no rows in {len(files)} file(s)", where=_shown(config.path))
+    return files
+
+
+def schema_of(config: SourceConfig) -> SourceSchema:
+    """The columns that the run file names, with the one plain type that fits all files.
+
+    Raises SourceError naming the file and the column that is missing or of a wrong type.
+    """
+    footers = _footers(listing.parquet_files(config.path))
+    return columns.unify(config, [(stat.uri, footer.schema) for stat, footer in footers.items()])
+
+
+def check_source(config: SourceConfig) -> SourceSchema:
+    """Files exist and have rows, columns exist and their types fit; without reading a row."""
+    list_source(config)
+    return schema_of(config)
+
+
+def read_rows(
+    config: SourceConfig, file: str, row_group: int, columns: Sequence[str], rows: np.ndarray | None = None
+) -> pa.Table:
+    """Rows of one row group in plain types (see columns.plain); rows: positions within it, ascending, default all.
+
+    Only the wanted rows are kept in memory. Raises SourceError if the file is gone, torn, or has other columns.
+    """
+    return _reading(lambda: _read_rows(config, file, row_group, list(dict.fromkeys(columns)), rows), file)
+
+
+def _read_rows(config: SourceConfig, file: str, row_group: int, names: list[str], rows: np.ndarray | None) -> pa.Table:
+    import pyarrow as pa
+
+    with _open(file) as parquet:
+        missing = sorted(set(names) - set(parquet.schema_arrow.names))
+        if missing:
+            raise SourceError(f"no column {missing[0]!r}", where=file, next="Was the file replaced? Run again")
+        if row_group >= parquet.num_row_groups:
+            raise SourceError(f"no row group {row_group}", where=file, next="Was the file replaced? Run again")
+        if rows is None:
+            table = parquet.read_row_group(row_group, columns=names)
+        else:
+            table = _picked(parquet, file, row_group, names, rows)
+    types = {name: columns.plain_id if name == config.id else columns.plain for name in names}
+    fields = [(name, types[name](table.schema.field(name).type)) for name in names]
+    try:
+        return table.select(names).cast(pa.schema(fields))
+    except pa.ArrowInvalid as error:
+        raise SourceError(f"a value does not fit its type: {_first_line(error)}", where=file) from error
+
+
+def _picked(parquet: pq.ParquetFile, file: str, row_group: int, names: list[str], rows: np.ndarray) -> pa.Table:
+    """Batch by batch, so that a few rows of a large row group cost little memory."""
+    import numpy as np
+    import pyarrow as pa
+
+    pieces, start = [], 0
+    for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[row_group], columns=names):
+        first, last = np.searchsorted(rows, (start, start + len(batch)))
+        if last > first:
+            pieces.append(batch.take(pa.array(rows[first:last] - start)))
+        start += len(batch)
+        if last == len(rows):
+            break
+    if sum(len(piece) for piece in pieces) != len(rows):
+        what = f"row group {row_group} has {start} rows, not {int(rows[-1]) + 1}"
+        raise SourceError(what, where=file, next="Was the file replaced? Run again")
+    schema = pa.schema([parquet.schema_arrow.field(name) for name in names])
+    return pa.Table.from_batches(pieces, schema=pieces[0].schema if pieces else schema)
+
+
+def dataset(config: SourceConfig, columns: Sequence[str] | None = None) -> ray.data.Dataset:
+    """A Ray Dataset over exactly the files of `list_source`; columns default to those the run file names.
+
+    Types are as in the files. Rows are in no particular order: pipeline/order.py decides where order matters.
+    """
+    import pyarrow.fs
+    import ray.data
+
+    files = [file.path for file in list_source(config)]
+    fs, _ = storage.filesystem(files[0])
+    return ray.data.read_parquet(
+        [storage.filesystem(file)[1] for file in files],
+        filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)),
+        columns=list(columns or all_columns(config)),
+        partitioning=None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Footer:
+    schema: pa.Schema
+    row_groups: tuple[int, ...]
+
+
+def _footers(stats: Sequence[storage.FileStat]) -> dict[storage.FileStat, _Footer]:
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        return dict(zip(stats, pool.map(_footer, stats), strict=True))
+
+
+@lru_cache(maxsize=20_000)
+def _footer(stat: storage.FileStat) -> _Footer:
+    def read() -> _Footer:
+        with _open(stat.uri) as file:
+            groups = (file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
+            return _Footer(file.schema_arrow, tuple(groups))
+
+    return _reading(read, stat.uri)
+
+
+def _open(path: str) -> pq.ParquetFile:
+    import pyarrow.parquet as pq
+
+    fs, inner = storage.filesystem(path)
+    return pq.ParquetFile(inner, filesystem=fs, pre_buffer=storage.is_s3(path))
+
+
+def _reading(read: Callable[[], _T], path: str) -> _T:
+    """Run a read of one Parquet file; a file that is gone or is no Parquet is the source's fault."""
+    import pyarrow as pa
+
+    def checked() -> _T:
+        try:
+            return read()
+        except (pa.ArrowException, OSError) as error:
+            # Arrow reports torn pages as an OSError without errno; those of a disk or a bucket have one.
+            if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+                raise
+            advice = "Write the file again, or leave it out of source.path"
+            what = f"not a readable Parquet file: {_first_line(error)}"
+            raise SourceError(what, where=path, next=advice) from error
+
+    try:
+        return storage.retry(checked, verb="read", where=path)
+    except StorageError as error:
+        if error.what == "no such file":
+            raise SourceError("a file of the source is gone", where=path, next="Was it replaced? Run again") from error
+        raise
+
+
+def _file(stat: storage.FileStat, footer: _Footer) -> SourceFile:
+    return SourceFile(stat.uri, stat.size_bytes, stat.etag, sum(footer.row_groups), footer.row_groups)
+
+
+def _is_same(file: SourceFile, stat: storage.FileStat) -> bool:
+    return (file.size_bytes, file.etag) == (stat.size_bytes, stat.etag)
+
+
+def _shown(path: str | list[str]) -> str:
+    return path if isinstance(path, str) else ", ".join(path[:3]) + (", ..." if len(path) > 3 else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
