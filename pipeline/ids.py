@@ -40,7 +40,8 @@ def check_ids(config: SourceConfig, files: Sequence[SourceFile], ids: Iterable[p
     kind = schema_of(config).arrow.field(config.id).type
     schema = pa.schema([("id", kind), ("position", pa.int64())])
     failed: list[Exception] = []
-    reader = pa.RecordBatchReader.from_batches(schema, _noting(_batches(config, files, schema), failed))
+    batches = _batches(schema, _read(config, files) if ids is None else ids)
+    reader = pa.RecordBatchReader.from_batches(schema, _noting(batches, failed))
     with tempfile.TemporaryDirectory(prefix="conjoin-ids-") as spill, duckdb.connect() as connection:
         connection.execute(f"SET memory_limit = '{_MEMORY}'; SET temp_directory = '{spill}'")
         connection.register("ids", reader)
