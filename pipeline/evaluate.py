@@ -181,7 +181,7 @@ def evaluate_table(
     names = set(dataset.schema.names)
     if classes and classes.column not in names:
         raise TableError(f"no column {classes.column!r}", where=uri, next="Add it to source.keep and run again")
-    kept = [name for name in (group, classes.column if classes else None) if name in names]
+    kept = [name for name in (group, classes.column if classes else None) if name and name in names]
     wanted = [*columns, *(f"{column.modality}_hash" for column in columns.values()), *kept]
     rows = _scan(dataset, list(dict.fromkeys(wanted)), where, uri)
     groups = _groups(rows, group if group in names else None)
