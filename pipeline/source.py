@@ -5,7 +5,7 @@ Assumes: the source is never modified. Paths of files are absolute (or s3://), s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -51,6 +51,7 @@ __all__ = [
     "kept_of",
     "list_source",
     "python_values",
+    "read_batches",
     "read_rows",
     "schema_of",
     "split_of",
@@ -160,19 +161,63 @@ def read_rows(
     return _reading(lambda: _read_rows(config, file, row_group, list(dict.fromkeys(columns)), rows), file)
 
 
+def read_batches(
+    config: SourceConfig, file: str, row_group: int, columns: Sequence[str], rows: np.ndarray, batch_rows: int
+) -> Iterator[pa.Table]:
+    """`read_rows` as tables of at most `batch_rows` rows, one in memory at a time; a repeated read goes on in place."""
+    names = list(dict.fromkeys(columns))
+    stream: Iterator[pa.Table] | None = None
+    done = 0
+
+    def following() -> pa.Table | None:
+        nonlocal stream
+        try:
+            stream = stream or _stream(config, file, row_group, names, (rows[done:], batch_rows))
+            return next(stream, None)
+        except Exception:
+            stream = None
+            raise
+
+    while (table := _reading(following, file)) is not None:
+        done += table.num_rows
+        yield table
+
+
+def _stream(
+    config: SourceConfig, file: str, row_group: int, names: list[str], wanted: tuple[np.ndarray, int]
+) -> Iterator[pa.Table]:
+    rows, batch_rows = wanted
+    with _open(file) as parquet:
+        _check_whole(parquet, file, row_group, names)
+        for batch in _picked(parquet, file, row_group, names, (rows, batch_rows)):
+            yield _in_plain_types(config, file, batch, names)
+
+
 def _read_rows(config: SourceConfig, file: str, row_group: int, names: list[str], rows: np.ndarray | None) -> pa.Table:
     import pyarrow as pa
 
     with _open(file) as parquet:
-        missing = sorted(set(names) - set(parquet.schema_arrow.names))
-        if missing:
-            raise SourceError(f"no column {missing[0]!r}", where=file, next="Was the file replaced? Run again")
-        if row_group >= parquet.num_row_groups:
-            raise SourceError(f"no row group {row_group}", where=file, next="Was the file replaced? Run again")
+        _check_whole(parquet, file, row_group, names)
         if rows is None:
             table = parquet.read_row_group(row_group, columns=names)
         else:
-            table = _picked(parquet, file, row_group, names, rows)
+            pieces = list(_picked(parquet, file, row_group, names, (rows, _BATCH_ROWS)))
+            empty = pa.schema([parquet.schema_arrow.field(name) for name in names]).empty_table()
+            table = pa.concat_tables(pieces) if pieces else empty
+    return _in_plain_types(config, file, table, names)
+
+
+def _check_whole(parquet: pq.ParquetFile, file: str, row_group: int, names: list[str]) -> None:
+    missing = sorted(set(names) - set(parquet.schema_arrow.names))
+    if missing:
+        raise SourceError(f"no column {missing[0]!r}", where=file, next="Was the file replaced? Run again")
+    if row_group >= parquet.num_row_groups:
+        raise SourceError(f"no row group {row_group}", where=file, next="Was the file replaced? Run again")
+
+
+def _in_plain_types(config: SourceConfig, file: str, table: pa.Table, names: list[str]) -> pa.Table:
+    import pyarrow as pa
+
     types = {name: columns.plain_id if name == config.id else columns.plain for name in names}
     fields = [(name, types[name](table.schema.field(name).type)) for name in names]
     try:
@@ -181,24 +226,25 @@ def _read_rows(config: SourceConfig, file: str, row_group: int, names: list[str]
         raise SourceError(f"a value does not fit its type: {_first_line(error)}", where=file) from error
 
 
-def _picked(parquet: pq.ParquetFile, file: str, row_group: int, names: list[str], rows: np.ndarray) -> pa.Table:
-    """Batch by batch, so that a few rows of a large row group cost little memory."""
+def _picked(
+    parquet: pq.ParquetFile, file: str, row_group: int, names: list[str], wanted: tuple[np.ndarray, int]
+) -> Iterator[pa.Table]:
+    """Batch by batch, so that a few rows of a large row group cost little memory; wanted: rows, rows of a batch."""
     import numpy as np
     import pyarrow as pa
 
-    pieces, start = [], 0
-    for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[row_group], columns=names):
+    rows, batch_rows = wanted
+    start = last = 0
+    for batch in parquet.iter_batches(batch_rows, row_groups=[row_group], columns=names):
         first, last = np.searchsorted(rows, (start, start + len(batch)))
         if last > first:
-            pieces.append(batch.take(pa.array(rows[first:last] - start)))
+            yield pa.Table.from_batches([batch.take(pa.array(rows[first:last] - start))])
         start += len(batch)
         if last == len(rows):
-            break
-    if sum(len(piece) for piece in pieces) != len(rows):
+            return
+    if last != len(rows):
         what = f"row group {row_group} has {start} rows, not {int(rows[-1]) + 1}"
         raise SourceError(what, where=file, next="Was the file replaced? Run again")
-    schema = pa.schema([parquet.schema_arrow.field(name) for name in names])
-    return pa.Table.from_batches(pieces, schema=pieces[0].schema if pieces else schema)
 
 
 def dataset(config: SourceConfig, columns: Sequence[str] | None = None) -> ray.data.Dataset:
