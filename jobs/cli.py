@@ -177,7 +177,7 @@ def query(
         ),
     ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="write a .parquet, .csv or .json file")] = None,
-    as_csv: Annotated[bool, typer.Option("--csv")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="comma-separated values on stdout")] = False,
     as_json: Json = False,
 ) -> None:
     """Answer SQL over the published table; FILE is a run file or a table's path."""

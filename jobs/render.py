@@ -17,6 +17,9 @@ from conjoin.pipeline.errors import ConfigError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from conjoin.pipeline.evaluate import Evaluation
+    from conjoin.pipeline.metrics import Estimate
+
 Style = Literal["table", "json", "csv"]
 
 
@@ -110,3 +113,25 @@ def _cell(value: object) -> str:
     if isinstance(value, list) and len(value) > 4:
         return "[" + ", ".join(_cell(item) for item in value[:3]) + f", ... {len(value)}]"
     return str(value)
+
+
+def evaluation(found: Evaluation) -> str:
+    """Retrieval by direction and zero-shot accuracy, with 95 % intervals."""
+    lines = [
+        f"{found.name}",
+        f"{'direction':<16}{'queries':>9}  {'hit@1':<18}{'hit@5':<18}{'hit@10':<18}{'median rank':<13}MRR",
+    ]
+    for one in found.directions:
+        hits = "".join(f"{_interval(one.hit_at[k]):<18}" for k in (1, 5, 10))
+        name = f"{one.query} -> {one.candidate}"
+        lines.append(f"{name:<16}{one.num_queries:>9,}  {hits}{one.median_rank.value:<13.0f}{_interval(one.mrr)}")
+    if (zero := found.zero_shot) is not None:
+        lines.append(
+            f"zero-shot {zero.column} of {zero.modality}: {_interval(zero.accuracy)} of {zero.num_rows:,} rows, "
+            f"{zero.num_classes} classes (chance {zero.chance.uniform:.2f}, the largest {zero.chance.majority:.2f})"
+        )
+    return "\n".join(lines)
+
+
+def _interval(found: Estimate) -> str:
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
