@@ -1,15 +1,31 @@
-"""Ray Data actor pool: units of the plan in, staged fragments out.
+"""Ray Data actor pool: units of the plan in, staged fragments and their records out.
 
 Assumes: a unit's output depends on the plan and the encoder alone, never on who ran it or when.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import Field
 
+from conjoin.pipeline import storage
+from conjoin.pipeline.errors import ConjoinError, SourceError
+from conjoin.pipeline.progress import Progress, ShowProgress, silent
 from conjoin.pipeline.section import Section
+from conjoin.pipeline.units import Record, file_of, read_records
+
+if TYPE_CHECKING:
+    from conjoin.pipeline.catalog import Catalog
+    from conjoin.pipeline.plan import Plan
+
+# An actor that dies (out of memory, a lost node) is replaced this often; then the night stops and can be resumed.
+MAX_RESTARTS = 2
+_SHOWN_REASONS = 3
 
 
 class EmbedConfig(Section):
@@ -20,4 +36,158 @@ class EmbedConfig(Section):
     actors: Literal["auto"] | int = Field("auto", description="auto: one per GPU; one on a machine without")
     unit_rows: Literal["auto"] | int = Field(
         "auto", description="rows of one unit (one fragment); auto: about 64 MB of output"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """actors: each with `gpus` GPUs; threads: torch's, per actor; ahead: CPU tasks that decode for one actor."""
+
+    actors: int
+    gpus: int
+    threads: int
+    ahead: int
+
+
+def pool_for(wanted: int | str, cpus: int, gpus: int) -> Pool:
+    """One actor per GPU, else one. An actor holds one CPU; the others decode for it.
+
+    Where no CPU is left over (one CPU, or as many actors as CPUs) actors decode in their own thread, so that none
+    waits for a task that cannot start.
+    """
+    on_gpu = gpus > 0
+    actors = wanted if isinstance(wanted, int) else max(gpus, 1)
+    actors = max(1, min(actors, cpus, gpus if on_gpu else cpus))
+    return Pool(actors, int(on_gpu), max(1, cpus // actors), max(0, cpus - actors) // actors)
+
+
+def embed(
+    catalog: Catalog, plan: Plan, *, address: str | None = None, progress: ShowProgress = silent
+) -> dict[int, Record]:
+    """Embed and stage every unit of the plan that has no record yet; returns all records by unit.
+
+    Joins Ray at `address`, or starts it here, only if there is work. Raises SourceError when more rows are unusable than `embed.max_bad_fraction`
+    allows, and whatever a worker raised.
+    """
+    from conjoin.pipeline.plan import run_directory
+
+    run = run_directory(catalog.table.path, plan.run_id)
+    records = read_records(run, plan.digest)
+    waiting = [unit.number for unit in plan.units if unit.number not in records]
+    tally = _Tally(catalog, plan, run, progress)
+    tally.restore(records.values())
+    if waiting:
+        for row in _run_units(catalog, plan, waiting, address):
+            tally.add(row)
+    return read_records(run, plan.digest)
+
+
+class _Tally:
+    """How far the night is, and whether too much of it is unusable."""
+
+    def __init__(self, catalog: Catalog, plan: Plan, run: str, progress: ShowProgress) -> None:
+        self._plan, self._run, self._progress = plan, run, progress
+        self._allowed = math.ceil(catalog.embed.max_bad_fraction * plan.rows)
+        self._rows = self._before = self._quarantined = self._units = 0
+        self._started = time.monotonic()
+
+    def restore(self, records: Iterable[Record]) -> None:
+        """Units of an earlier attempt: they count as done, not towards the rate."""
+        for record in records:
+            self._count(record.planned, record.quarantined)
+        self._before = self._rows
+        self._check()
+        self._show()
+
+    def add(self, row: Mapping[str, float]) -> None:
+        self._count(int(row["rows"]), int(row["quarantined"]))
+        self._check()
+        self._show()
+
+    def _count(self, rows: int, quarantined: int) -> None:
+        self._rows += rows
+        self._quarantined += quarantined
+        self._units += 1
+
+    def _show(self) -> None:
+        seconds = time.monotonic() - self._started
+        facts: dict[str, float | str] = {"units": f"{self._units}/{len(self._plan.units)}"}
+        if self._rows > self._before:
+            facts["rows/s"] = rate = (self._rows - self._before) / seconds
+            facts["left_s"] = (self._plan.rows - self._rows) / rate
+        if self._quarantined:
+            facts["quarantined"] = self._quarantined
+        self._progress(Progress("embed", self._rows, self._plan.rows, facts=facts))
+
+    def _check(self) -> None:
+        if self._quarantined > self._allowed:
+            raise SourceError(
+                f"{self._quarantined:,} of {self._plan.rows:,} rows cannot be embedded, {self._allowed:,} may: "
+                f"{'; '.join(_reasons(self._run, self._plan))}",
+                where=self._run,
+                next="Mend these records, or raise embed.max_bad_fraction and run again",
+            )
+
+
+def _reasons(run: str, plan: Plan) -> list[str]:
+    """The first few troubles, by unit: id, modality and reason."""
+    from conjoin.pipeline.state import read_parquet
+
+    found: list[str] = []
+    for unit in plan.units:
+        uri = file_of(run, unit.number, "bad.parquet")
+        if len(found) >= _SHOWN_REASONS:
+            break
+        if storage.exists(uri):
+            rows = read_parquet(uri).slice(0, _SHOWN_REASONS - len(found)).to_pylist()
+            found += [f"{row['id']} ({row['modality'] or 'record'}): {row['reason']}" for row in rows]
+    return found
+
+
+def _run_units(
+    catalog: Catalog, plan: Plan, numbers: Sequence[int], address: str | None
+) -> Iterator[Mapping[str, float]]:
+    """Units through the pool, in whatever order they finish."""
+    from conjoin.pipeline import workers
+    from conjoin.pipeline.stager import Order, Stager
+
+    workers.start(address)
+    import ray.data
+
+    pool = pool_for(catalog.embed.actors, workers.num_cpus(), workers.num_gpus())
+    order = Order(catalog, plan.run_id, pool.ahead, pool.threads)
+    with workers.data_settings():
+        units = ray.data.from_items([{"unit": number} for number in numbers], override_num_blocks=len(numbers))
+        done = units.map_batches(
+            Stager,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(pool.actors, len(numbers))),
+            fn_constructor_args=(order,),
+            num_cpus=1,
+            num_gpus=pool.gpus,
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=MAX_RESTARTS,
+        )
+        try:
+            yield from done.iter_rows()
+        except ray.exceptions.RayError as error:
+            raise _cause(error, catalog) from error
+
+
+def _cause(error: Exception, catalog: Catalog) -> Exception:
+    """The error of ours inside Ray's, or what Ray says when a worker died."""
+    from ray.exceptions import RayTaskError
+
+    inner: object = error
+    while isinstance(inner, RayTaskError) and isinstance(inner.cause, Exception):
+        if isinstance(inner.cause, ConjoinError):
+            return inner.cause
+        inner = inner.cause
+    if isinstance(error, RayTaskError):
+        return cast(Exception, error)
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    return ConjoinError(
+        f"an embedding worker died: {first_line}",
+        where=catalog.table.path,
+        next="Give it more memory or lower embed.actors; the same command resumes",
     )

@@ -6,6 +6,10 @@ Assumes: nothing imports this where no Ray is wanted (queries, a night with noth
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Page faults of freed and re-mapped tensors eat up to half of the CPU time of convolution batches; glibc reads
 # these before Python starts, so they can only be given to worker processes.
@@ -27,6 +31,7 @@ def start(address: str | None = None) -> None:
         return
     passed = {key: value for key, value in os.environ.items() if key.startswith(_PASSED_ON)}
     options = {} if address else {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    before = signal.getsignal(signal.SIGTERM)
     ray.init(
         address=address or "local",
         runtime_env={"env_vars": {**MALLOC_ENV, **passed}},
@@ -34,6 +39,38 @@ def start(address: str | None = None) -> None:
         logging_level="ERROR",
         **options,
     )
+    # Ray's handler exits without a word; one that its caller has set knows what to say.
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def data_settings() -> Iterator[None]:
+    """Ray Data without bars and chatter, with errors as they were raised, and with patience for long units."""
+    import logging
+
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    wanted = {
+        "enable_progress_bars": False,
+        "raise_original_map_exception": True,
+        "execution_no_progress_timeout_s": -1,
+    }
+    before = {name: getattr(context, name) for name in wanted}
+    consoles = [h for h in logging.getLogger("ray.data").handlers if type(h).__name__ == "PlainRayHandler"]
+    levels = [handler.level for handler in consoles]
+    try:
+        for name, value in wanted.items():
+            setattr(context, name, value)
+        for handler in consoles:
+            handler.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
+        for handler, level in zip(consoles, levels, strict=True):
+            handler.setLevel(level)
 
 
 def num_cpus() -> int:

@@ -1,0 +1,218 @@
+"""Rows of a unit, read and decoded in bounded memory: by CPU tasks ahead of the actor, or by the actor itself.
+
+Assumes: chunks come in the order of the unit's rows, whoever decoded them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from conjoin.encoders.spec import AudioTransform, ImageTransform, TowerSpec
+from conjoin.pipeline.decode import Decoded, decode
+from conjoin.pipeline.errors import SourceError
+from conjoin.pipeline.source import (
+    SourceConfig,
+    columns_of,
+    content_hash,
+    content_hashes,
+    kept_of,
+    python_values,
+    read_batches,
+    uris_of,
+    values_of,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+# Two chunks of every decoding task may wait in the object store.
+CHUNK_BYTES = 32 << 20
+CHUNK_ROWS = 2048
+WAITING_CHUNKS = 2
+# A task that has no CPU after this long may never get one, if every CPU is held by an actor that waits like us.
+PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What decoding needs. schema: the table's; thumbnail_px: 0 for none."""
+
+    source: SourceConfig
+    towers: Mapping[str, TowerSpec]
+    schema: pa.Schema
+    thumbnail_px: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of a unit that lie in one row group: `start` is the first one's position in the unit; ids as planned."""
+
+    path: str
+    row_group: int
+    start: int
+    rows: np.ndarray
+    ids: pa.Array
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive rows of a unit from position `start`.
+
+    columns: the table's columns but vectors and thumbnails, and the hashes of the state; decoded: by modality; a value
+    that an earlier row of the same piece has too is left out, its hash tells.
+    """
+
+    start: int
+    columns: pa.Table
+    decoded: Mapping[str, Decoded]
+
+
+def chunks(recipe: Recipe, pieces: Sequence[Piece], ahead: int) -> Iterator[Chunk]:
+    """Every chunk of the pieces in order; ahead: how many pieces CPU tasks decode at a time, 0: decode here.
+
+    Never waits for a CPU that does not come: after PATIENCE_S the rest is decoded here.
+    """
+    if not ahead:
+        for piece in pieces:
+            yield from decode_piece(recipe, piece)
+        return
+    import ray
+
+    shared, todo = ray.put(recipe), deque(pieces)
+    running: deque[tuple[Piece, ray.ObjectRefGenerator]] = deque()
+    try:
+        while todo or running:
+            while todo and len(running) < ahead:
+                piece = todo.popleft()
+                running.append((piece, _start(shared, piece)))
+            piece, stream = running[0]
+            if not ray.wait([stream], timeout=PATIENCE_S)[0]:
+                yield from chunks(recipe, [piece for piece, _ in running] + list(todo), 0)
+                return
+            next(stream)  # the sign that it runs
+            for reference in stream:
+                yield ray.get(reference)
+            running.popleft()
+    finally:
+        for _, stream in running:
+            ray.cancel(stream)
+
+
+def _start(recipe: object, piece: Piece) -> Iterator[object]:
+    import ray
+
+    task = ray.remote(_decode_task).options(
+        num_cpus=1,
+        num_returns="streaming",
+        _generator_backpressure_num_objects=WAITING_CHUNKS,
+        max_retries=2,
+    )
+    return cast("Iterator[object]", task.remote(recipe, piece))
+
+
+def _decode_task(recipe: Recipe, piece: Piece) -> Iterator[Chunk | None]:
+    yield None
+    yield from decode_piece(recipe, piece)
+
+
+def decode_piece(recipe: Recipe, piece: Piece) -> Iterator[Chunk]:
+    """Read and decode; raises SourceError if the rows are not those that were planned."""
+    source = recipe.source
+    names = [source.id, *source.keep, *([source.changed_by] if source.changed_by else [])]
+    names += [name for modality in recipe.towers for name in columns_of(source, modality)]
+    seen: dict[str, set[bytes]] = {modality: set() for modality in recipe.towers}
+    done = 0
+    for table in read_batches(source, piece.path, piece.row_group, names, piece.rows, _batch_rows(recipe.towers)):
+        ids = table[source.id].cast(recipe.schema.field("id").type)
+        if ids.combine_chunks() != piece.ids.slice(done, table.num_rows):
+            raise SourceError(
+                "ids differ from the plan: the file was replaced while the run read it",
+                where=f"{piece.path} row group {piece.row_group}",
+                next="Start over with `conjoin run --full`",
+            )
+        yield _chunk(recipe, piece.start + done, table.set_column(0, source.id, ids), seen)
+        done += table.num_rows
+
+
+def _batch_rows(towers: Mapping[str, TowerSpec]) -> int:
+    """Rows whose decoded values stay below CHUNK_BYTES."""
+    largest = max(_value_bytes(tower) for tower in towers.values())
+    return max(1, min(CHUNK_ROWS, CHUNK_BYTES // largest))
+
+
+def _value_bytes(tower: TowerSpec) -> int:
+    """The most that one decoded value takes."""
+    transform = tower.transform
+    if isinstance(transform, ImageTransform):
+        return 3 * transform.size_px**2
+    if isinstance(transform, AudioTransform):
+        return int(4 * transform.max_s * transform.sample_rate_hz)
+    return 16 * transform.max_tokens
+
+
+def _chunk(recipe: Recipe, start: int, table: pa.Table, seen: Mapping[str, set[bytes]]) -> Chunk:
+    columns = _kept_columns(recipe, table)
+    decoded = {}
+    for modality, tower in recipe.towers.items():
+        found = values_of(recipe.source, table, modality)
+        hashes = content_hashes(found)
+        values = python_values(found)
+        columns[f"{modality}_hash"] = hashes
+        if modality == "text":
+            columns["text"] = _as_embedded(values, tower)
+        if f"{modality}_uri" in recipe.schema.names:
+            columns[f"{modality}_uri"] = uris_of(recipe.source, table, modality)
+        thumbnail_px = recipe.thumbnail_px if modality == "image" else 0
+        decoded[modality] = decode(tower, _once(values, hashes, seen[modality]), thumbnail_px=thumbnail_px)
+    return Chunk(start, _table(columns), decoded)
+
+
+def _table(columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> pa.Table:
+    import pyarrow as pa
+
+    return pa.table(dict(columns))
+
+
+def _kept_columns(recipe: Recipe, table: pa.Table) -> dict[str, pa.Array | pa.ChunkedArray]:
+    """id, kept columns in the table's types, kept_hash and changed_by_hash."""
+    import pyarrow as pa
+
+    source, kept = recipe.source, kept_of(recipe.source, table)
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {"id": table[source.id]}
+    for name in kept.column_names:
+        columns[name] = kept[name].cast(recipe.schema.field(name).type)
+    digest = pa.binary(16)
+    hashes = [content_hash(list(row.values())) for row in kept.to_pylist()] if kept.column_names else None
+    columns["kept_hash"] = pa.array(hashes, digest) if hashes else pa.nulls(table.num_rows, digest)
+    if source.changed_by:
+        columns["changed_by_hash"] = content_hashes(table[source.changed_by])
+    else:
+        columns["changed_by_hash"] = pa.nulls(table.num_rows, digest)
+    return columns
+
+
+def _once(values: Sequence[object], hashes: pa.Array, seen: set[bytes]) -> list[object]:
+    """None in place of a value that was decoded before."""
+    fresh = []
+    for value, digest in zip(values, hashes.to_pylist(), strict=True):
+        fresh.append(None if digest is None or digest in seen else value)
+        if digest is not None:
+            seen.add(digest)
+    return fresh
+
+
+def _as_embedded(values: Sequence[object], tower: TowerSpec) -> pa.Array:
+    """The text column: of a list the first text, or all of them on lines of their own where their mean is embedded."""
+    import pyarrow as pa
+
+    def text(value: object) -> str | None:
+        if isinstance(value, list):
+            parts = [item for item in value if isinstance(item, str)]
+            return "\n".join(parts[:1] if tower.items == "first" else parts) if parts else None
+        return value if isinstance(value, str) else None
+
+    return pa.array([text(value) for value in values], pa.string())
