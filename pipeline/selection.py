@@ -1,0 +1,133 @@
+"""Which rows may be trained on: the split by group and the recipe's `where`, read from cheap columns only.
+
+Assumes: rows are listed in the order of the source, so that a position here is a fixed (file, row group, row).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conjoin.pipeline.errors import ConfigError, TrainError
+from conjoin.pipeline.progress import Progress, ShowProgress
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from conjoin.pipeline.source import SourceConfig, SourceFile
+
+Positions = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Rows of the source by position: files[file_N], row_group_N and row_N within it, group_N (int64, equal = same)."""
+
+    files: tuple[str, ...]
+    file_N: Positions
+    row_group_N: Positions
+    row_N: Positions
+    group_N: Positions
+
+    def __len__(self) -> int:
+        return len(self.row_N)
+
+    @property
+    def reading(self) -> Positions:
+        """A number per row, equal for rows of one row group."""
+        return np.unique(np.stack([self.file_N, self.row_group_N]), axis=1, return_inverse=True)[1].reshape(-1)
+
+    def take(self, rows: Positions) -> Selection:
+        """These rows of it, in this order."""
+        return Selection(self.files, self.file_N[rows], self.row_group_N[rows], self.row_N[rows], self.group_N[rows])
+
+
+def select(
+    source: SourceConfig, files: Sequence[SourceFile], where: str | None, progress: ShowProgress
+) -> dict[str, Selection]:
+    """Rows by split: train, validation, test. `where` chooses among all of them.
+
+    Raises ConfigError for a condition that cannot be evaluated, TrainError if it leaves nothing to train on.
+    """
+    from conjoin.pipeline.source import group_values, read_rows, split_of
+
+    columns = [source.id, *([source.group] if source.group else []), *_columns_of_condition(where, files[0].path)]
+    parts: list[tuple[NDArray[np.str_], NDArray[np.int64]]] = []
+    total, done = sum(file.num_rows for file in files), 0
+    for number, file in enumerate(files):
+        for row_group in range(len(file.row_groups)):
+            rows = read_rows(source, file.path, row_group, columns)
+            groups = group_values(source, rows)
+            kept = np.flatnonzero(_holds(rows, where))
+            codes = _codes(groups)
+            position = np.stack([np.full(len(kept), number), np.full(len(kept), row_group), kept, codes[kept]])
+            parts.append((split_of(groups, source.split)[kept], position.astype(np.int64)))
+            done += rows.num_rows
+            progress(Progress("select", done, total))
+    splits, positions = np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts], axis=1)
+    paths = tuple(file.path for file in files)
+    found = {name: Selection(paths, *positions[:, splits == name]) for name in ("train", "validation", "test")}
+    if len(found["train"]) < 2:
+        chosen = f" where {where}" if where else ""
+        raise TrainError(
+            f"{len(found['train'])} of {total} rows{chosen} are for training", next="Training needs two or more"
+        )
+    return found
+
+
+def _codes(groups: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+    """64 bits of each group's hash: equal for equal groups in all files."""
+    from conjoin.pipeline.source import content_hash
+
+    known: dict[object, int] = {}
+    return np.array(
+        [
+            known.setdefault(g, int.from_bytes(content_hash(str(g))[:8], "little", signed=True))
+            for g in groups.to_pylist()
+        ],
+        dtype=np.int64,
+    )
+
+
+def _columns_of_condition(where: str | None, file: str) -> list[str]:
+    if where is None:
+        return []
+    import pyarrow.parquet as pq
+    import sqlglot
+    from sqlglot import exp
+
+    from conjoin.pipeline import storage
+
+    try:
+        condition = sqlglot.parse_one(where, read="duckdb", into=exp.Condition)
+    except sqlglot.errors.ParseError as error:
+        raise ConfigError(f"train.where is not SQL: {str(error).splitlines()[0]}", where=where) from error
+    names = list(dict.fromkeys(column.name for column in condition.find_all(exp.Column)))
+    fs, path = storage.filesystem(file)
+    there = {name.lower(): name for name in pq.read_schema(path, filesystem=fs).names}
+    for name in names:
+        if name.lower() not in there:
+            raise ConfigError(
+                f"train.where names an unknown column {name!r}", where=file, next=f"It has {', '.join(there.values())}"
+            )
+    return [there[name.lower()] for name in names]
+
+
+def _holds(rows: pa.Table, where: str | None) -> NDArray[np.bool_]:
+    """Where the condition is true; null counts as false."""
+    if where is None:
+        return np.ones(rows.num_rows, dtype=bool)
+    import duckdb
+
+    safe = {"enable_external_access": False, "python_enable_replacements": False, "lock_configuration": True}
+    with duckdb.connect(config=safe) as db:
+        db.register("rows", rows)
+        try:
+            held = db.sql(f"SELECT coalesce(({where}), false) AS held FROM rows").to_arrow_table()  # noqa: S608
+        except duckdb.Error as error:
+            raise ConfigError(f"train.where cannot be evaluated: {str(error).splitlines()[0]}", where=where) from error
+    return np.asarray(held["held"].combine_chunks().to_numpy(zero_copy_only=False), dtype=bool)
