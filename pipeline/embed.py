@@ -16,6 +16,7 @@ from pydantic import Field
 from conjoin.pipeline import storage
 from conjoin.pipeline.errors import ConjoinError, SourceError
 from conjoin.pipeline.progress import Progress, ShowProgress, silent
+from conjoin.pipeline.runs import run_directory
 from conjoin.pipeline.section import Section
 from conjoin.pipeline.units import Record, file_of, read_records
 
@@ -66,11 +67,9 @@ def embed(
 ) -> dict[int, Record]:
     """Embed and stage every unit of the plan that has no record yet; returns all records by unit.
 
-    Joins Ray at `address`, or starts it here, only if there is work. Raises SourceError when more rows are unusable than `embed.max_bad_fraction`
-    allows, and whatever a worker raised.
+    Joins Ray at `address`, or starts it here, only if there is work. Raises SourceError when more rows are unusable
+    than `embed.max_bad_fraction` allows, and whatever a worker raised.
     """
-    from conjoin.pipeline.plan import run_directory
-
     run = run_directory(catalog.table.path, plan.run_id)
     records = read_records(run, plan.digest)
     waiting = [unit.number for unit in plan.units if unit.number not in records]

@@ -14,8 +14,6 @@ from conjoin.pipeline.quarantine import replace_rows
 from conjoin.pipeline.units import Record, file_of
 
 if TYPE_CHECKING:
-    import lance
-
     from conjoin.pipeline.plan import Plan
 
 
@@ -74,14 +72,3 @@ def _fill_quarantine(uri: str, run: str, plan: Plan, records: Mapping[int, Recor
     schema = state.read_parquet(file_of(run, plan.units[0].number, "bad.parquet")).schema
     tables = [state.read_parquet(file_of(run, number, "bad.parquet")) for number in bad]
     replace_rows(uri, plan.run_id, pa.concat_tables(tables) if tables else schema.empty_table())
-
-
-def land(uri: str, run: str, plan: Plan, records: Mapping[int, Record]) -> int:
-    """Commit the run's fragments, once; returns the version. Repeating it returns the same version."""
-    done = store.committed(uri, plan.run_id)
-    return done if done is not None else store.commit(uri, prepare(uri, run, plan, records))
-
-
-def candidate(uri: str, run: str, plan: Plan, records: Mapping[int, Record]) -> lance.LanceDataset | None:
-    """The run's rows as a version beside the head, for gates; None for a first version, which Lance cannot detach."""
-    return store.candidate(uri, prepare(uri, run, plan, records))

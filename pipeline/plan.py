@@ -23,6 +23,7 @@ from pydantic import Field
 
 from conjoin.pipeline import storage, utf8
 from conjoin.pipeline.errors import SourceError, TableError
+from conjoin.pipeline.runs import run_directory
 from conjoin.pipeline.section import Section
 from conjoin.pipeline.units import Slice, Unit, cut, ids_digest, unit_rows
 
@@ -66,9 +67,13 @@ class Survey:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A frozen plan. base_version: the table's head when it was made, 0 without a table; digest: of all the rest."""
+    """A frozen plan. path: of the source that night; base_version: the table's head then, 0 without a table.
+
+    digest: of all the rest.
+    """
 
     run_id: str
+    path: tuple[str, ...]
     fingerprint: str
     encoder: str
     config: str
@@ -139,20 +144,27 @@ def is_current(manifest: Manifest | None, found: Survey) -> bool:
 def check_resumable(plan: Plan, found: Survey) -> None:
     """Raises SourceError or TableError naming what changed since an unfinished plan; new files do not matter."""
     advice = "Start over with `conjoin run --full`"
-    now = {file.path: file for file in found.files}
-    gone = [file.path for file in plan.files if file.path not in now]
-    changed = [file.path for file in plan.files if file.path in now and now[file.path] != file]
-    if gone or changed:
-        names = [f"{path} is gone" for path in gone] + [f"{path} changed" for path in changed]
+    listed = {file.path: file for file in found.files}
+    names = [name for name in in_order(plan.files, lambda file: _difference(file, listed)) if name]
+    if names:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         raise SourceError(
             f"the source changed since unfinished run {plan.run_id} was planned: {'; '.join(names[:_SHOWN])}{more}",
-            where=names[0].split(" ")[0],
             next=advice,
         )
     if (plan.fingerprint, plan.config) != (found.fingerprint, found.config):
-        what = "encoder" if plan.fingerprint != found.fingerprint else "columns, types or precision"
-        raise TableError(f"unfinished run {plan.run_id} was planned with other {what}", next=advice)
+        what = "another encoder" if plan.fingerprint != found.fingerprint else "other columns, types or precision"
+        raise TableError(f"unfinished run {plan.run_id} was planned with {what}", next=advice)
+
+
+def _difference(file: SourceFile, listed: Mapping[str, SourceFile]) -> str:
+    """What became of a planned file, empty if nothing; tonight's listing may be of another day's directory."""
+    if file.path in listed:
+        return "" if listed[file.path] == file else f"{file.path} changed"
+    now = storage.list_stats(file.path)
+    if not now:
+        return f"{file.path} is gone"
+    return "" if (now[0].size_bytes, now[0].etag) == (file.size_bytes, file.etag) else f"{file.path} changed"
 
 
 def plan_run(catalog: Catalog, run_id: str, found: Survey, *, full: bool) -> Plan:
@@ -181,6 +193,7 @@ def plan_run(catalog: Catalog, run_id: str, found: Survey, *, full: bool) -> Pla
     base = 0 if head is None else int(head.version)
     plan = Plan(
         run_id=run_id,
+        path=catalog.paths,
         fingerprint=found.fingerprint,
         encoder=catalog.encoder,
         config=found.config,
@@ -313,13 +326,6 @@ def in_order(items: Iterable[_In], read: Callable[[_In], _Out]) -> Iterator[_Out
                 future.cancel()
 
 
-def run_directory(uri: str, run_id: str) -> str:
-    """`<bookkeeping>/runs/<run id>`: plan.json, rows.parquet, units/, report.json."""
-    from conjoin.pipeline.store import bookkeeping
-
-    return storage.join(bookkeeping(uri), "runs", run_id)
-
-
 def _freeze(plan: Plan, target: str) -> Plan:
     body = _body(plan)
     digest = _digest(body)
@@ -347,8 +353,10 @@ def load_plan(run: str) -> Plan:
     files = cast("list[dict[str, object]]", body.pop("files"))
     units = cast("list[dict[str, object]]", body.pop("units"))
     schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(str(body.pop("schema")))))
+    path = tuple(cast("list[str]", body.pop("path")))
     return Plan(
         **body,  # type: ignore[arg-type]  # our own JSON, its digest checked
+        path=path,
         schema=schema,
         files=tuple(source_file(file) for file in files),
         units=tuple(Unit(**unit) for unit in units),  # type: ignore[arg-type]  # the same

@@ -17,8 +17,9 @@ from conjoin.pipeline.catalog import Catalog
 from conjoin.pipeline.chunks import Piece, Recipe, chunks
 from conjoin.pipeline.errors import ConservationError, EncoderError
 from conjoin.pipeline.gathered import Gathered, Trouble
-from conjoin.pipeline.plan import Plan, load_plan, open_rows, run_directory
+from conjoin.pipeline.plan import Plan, load_plan, open_rows
 from conjoin.pipeline.quarantine import quarantine_schema
+from conjoin.pipeline.runs import run_directory
 from conjoin.pipeline.state import parquet_bytes, state_schema
 
 if TYPE_CHECKING:
