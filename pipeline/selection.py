@@ -41,9 +41,10 @@ class Selection:
         """A number per row, equal for rows of one row group."""
         return np.unique(np.stack([self.file_N, self.row_group_N]), axis=1, return_inverse=True)[1].reshape(-1)
 
-    def take(self, rows: Positions) -> Selection:
-        """These rows of it, in this order."""
-        return Selection(self.files, self.file_N[rows], self.row_group_N[rows], self.row_N[rows], self.group_N[rows])
+    def followed_by(self, other: Selection) -> Selection:
+        """The rows of both, of the same files."""
+        names = ("file_N", "row_group_N", "row_N", "group_N")
+        return Selection(self.files, *(np.concatenate([getattr(self, name), getattr(other, name)]) for name in names))
 
 
 def select(

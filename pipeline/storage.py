@@ -177,6 +177,11 @@ def join(base: str, *parts: str) -> str:
     return posixpath.join(base.rstrip("/"), *parts)
 
 
+def absolute(uri: str) -> str:
+    """A local path made absolute, so that it means the same in every process; other URIs as they are."""
+    return uri if "://" in uri and not uri.startswith("file://") else str(Path(uri.removeprefix("file://")).absolute())
+
+
 def exists(uri: str) -> bool:
     """A file or a directory; a bucket that is missing holds nothing."""
     fs, path = filesystem(uri)

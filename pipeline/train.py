@@ -1,15 +1,39 @@
-"""Ray Train loop: towers, global batches in a fixed order, checkpoints, resume.
+"""Training runs: select, compute features of frozen towers, fit on Ray Train, write the encoder; resumable.
 
-Assumes: pipeline/order.py decides which rows make a step; workers only compute.
+Assumes: pipeline/order.py decides which rows make a step; workers only compute (pipeline/fit.py). A run's folder is
+named after its recipe and data, so that the same command finds it again: `train.json` first, `report.json` last.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import hashlib
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 
+from conjoin.pipeline import storage
+from conjoin.pipeline.errors import ConfigError, EncoderError, Interrupted, TrainError
+from conjoin.pipeline.progress import Progress, ShowProgress, silent
 from conjoin.pipeline.section import Section
+
+if TYPE_CHECKING:
+    from conjoin.encoders.joint import JointEncoder
+    from conjoin.encoders.spec import Json
+    from conjoin.pipeline.features import Features
+    from conjoin.pipeline.fit import Data
+    from conjoin.pipeline.selection import Selection
+    from conjoin.pipeline.source import SourceConfig, SourceFile
+
+_TOKENIZER_CAPTIONS = 200_000
+_POLL_S = 0.5
+# What these say changes nothing about the weights that come out.
+_BESIDE_THE_POINT = {"output", "workers", "validate_every", "checkpoint_every_s"}
 
 
 class TowerConfig(Section):
@@ -44,3 +68,296 @@ class TrainConfig(Section):
     workers: int = Field(1, ge=1, description="training workers; any number gives the same result")
     precision: Literal["auto", "float32", "bf16"] = "auto"
     validate_every: Literal["epoch"] | int = Field("epoch", description="steps between validations")
+    checkpoint_every_s: float = Field(30, ge=0, description="at the next validation after so many seconds; 0: at each")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """What a finished run left behind; encoder: the folder to name in the run file; seconds: of the last command."""
+
+    folder: str
+    encoder: str
+    fingerprint: str
+    rows: int
+    steps: int
+    seconds: float
+    samples_per_s: float
+    metrics: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Json]:
+        return cast("dict[str, Json]", asdict(self))
+
+    def lines(self) -> list[str]:
+        """For people."""
+        hits = "  ".join(f"{name} {value:.3f}" for name, value in self.metrics.items())
+        return [
+            f"trained {self.steps} steps on {self.rows:,} rows in {self.seconds:.0f} s "
+            f"({self.samples_per_s:,.0f} rows/s in the loop)",
+            *([hits] if hits else []),
+            f"name it in the run file as `encoder: {self.encoder}`",
+        ]
+
+
+def train(name: str, source: SourceConfig, recipe: TrainConfig, *, progress: ShowProgress = silent) -> TrainReport:
+    """Train an encoder; a finished run is returned as it is, an unfinished one goes on where it stopped.
+
+    Raises SourceError, ConfigError or TrainError for data or a recipe that cannot be trained, Interrupted on Ctrl-C.
+    """
+    from conjoin.pipeline import workers
+    from conjoin.pipeline.selection import select
+    from conjoin.pipeline.source import list_source
+
+    started = time.monotonic()
+    source = source if recipe.path is None else source.model_copy(update={"path": recipe.path})
+    _check_towers(source, recipe)
+    files = list_source(source)
+    folder = storage.join(storage.absolute(recipe.output), f"{name}-{_digest(source, recipe, files)[:8]}")
+    if storage.exists(storage.join(folder, "report.json")):
+        raw = storage.read_json(storage.join(folder, "report.json"))
+        return TrainReport(**{key: value for key, value in raw.items() if key != "format"})  # type: ignore[arg-type]
+    storage.write_json(storage.join(folder, "train.json"), _description(source, recipe, files))
+    rows = select(source, files, recipe.where, progress)
+    initial = storage.join(folder, "initial")
+    if not storage.exists(storage.join(initial, "spec.json")):
+        _build(source, recipe, rows["train"], initial)
+    workers.start()
+    try:
+        features = _features(source, recipe, rows, initial, progress)
+        data = _data(source, rows, features)
+        figures = _fit(data, recipe, folder, progress)
+    except KeyboardInterrupt:
+        raise Interrupted("training stopped", where=folder, next="The same command goes on where it stopped") from None
+    return _finish(folder, len(data.train), figures, time.monotonic() - started)
+
+
+def _check_towers(source: SourceConfig, recipe: TrainConfig) -> None:
+    unknown = sorted(set(recipe.towers) - set(source.modalities))
+    if unknown:
+        raise ConfigError(
+            f"train.towers names {unknown[0]!r}, which the source does not give", next="Name its column in source"
+        )
+    if len(source.modalities) < 2:
+        given = ", ".join(source.modalities) or "none"
+        raise ConfigError(
+            f"training joins two modalities or more, the source gives {given}", next="Name a second column"
+        )
+
+
+def _digest(source: SourceConfig, recipe: TrainConfig, files: Sequence[SourceFile]) -> str:
+    """Of everything that decides the weights: recipe, columns, split, and the files by path, size and etag."""
+    fields = source.model_dump(mode="json", include={"id", "group", "image", "text", "audio", "split"})
+    fields |= recipe.model_dump(mode="json", exclude=_BESIDE_THE_POINT)
+    fields["files"] = [(file.path, file.size_bytes, file.etag) for file in files]
+    return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _description(source: SourceConfig, recipe: TrainConfig, files: Sequence[SourceFile]) -> dict[str, object]:
+    return {
+        "source": source.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json"),
+        "files": [asdict(file) for file in files],
+    }
+
+
+def _build(source: SourceConfig, recipe: TrainConfig, rows: Selection, folder: str) -> None:
+    """The untrained encoder, saved, so that every worker starts from the same weights."""
+    from conjoin.encoders.joint import build
+    from conjoin.encoders.options import TowerOptions
+    from conjoin.pipeline.checkpoints import save_encoder
+
+    towers = {name: recipe.towers.get(name, TowerConfig()) for name in source.modalities}
+    options = {
+        name: TowerOptions(**tower.model_dump(exclude={"tune"}), seed=recipe.seed) for name, tower in towers.items()
+    }
+    needs_captions = "text" in towers and towers["text"].model == "builtin"
+    try:
+        encoder = build(options, recipe.dim, _captions(source, rows) if needs_captions else ())
+    except (ValueError, OSError) as error:
+        raise EncoderError(f"the towers cannot be built: {error}", next="Check train.towers") from error
+    save_encoder(encoder, folder, {})
+
+
+def _captions(source: SourceConfig, rows: Selection) -> list[str]:
+    import numpy as np
+
+    from conjoin.pipeline.features import reading_units
+    from conjoin.pipeline.source import columns_of, python_values, read_rows, values_of
+
+    found: list[str] = []
+    for unit in reading_units(rows, np.arange(min(len(rows), _TOKENIZER_CAPTIONS))):
+        at = np.array(unit["rows"])
+        table = read_rows(source, str(unit["file"]), int(str(unit["row_group"])), columns_of(source, "text"), at)
+        for value in python_values(values_of(source, table, "text")):
+            found += [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
+    return found
+
+
+def _features(
+    source: SourceConfig, recipe: TrainConfig, rows: Mapping[str, Selection], initial: str, progress: ShowProgress
+) -> dict[str, Features]:
+    """Of every tower whose backbone is frozen, over training and validation rows."""
+    from conjoin.pipeline import workers
+    from conjoin.pipeline.embedder import load
+    from conjoin.pipeline.features import Frozen, compute
+
+    frozen = [name for name in source.modalities if recipe.towers.get(name, TowerConfig()).tune == "head"]
+    if not frozen:
+        return {}
+    from conjoin.encoders.checkpoint import backbone_fingerprint
+
+    encoder = load(initial, device="cpu").encoder
+    both = rows["train"].followed_by(rows["validation"])
+    found = {}
+    for name in frozen:
+        key = backbone_fingerprint(encoder.tower(name))
+        directory = storage.join(storage.absolute(recipe.output), "features", key)
+        found[name] = compute(Frozen(initial, name, directory, source), both, max(1, workers.num_gpus()), progress)
+    return found
+
+
+def _data(source: SourceConfig, rows: Mapping[str, Selection], features: Mapping[str, Features]) -> Data:
+    from conjoin.pipeline.fit import Data
+
+    return Data(source, rows["train"], rows["validation"], dict(features))
+
+
+def _fit(data: Data, recipe: TrainConfig, folder: str, progress: ShowProgress) -> dict[str, float]:
+    """Run the loop on the workers; returns the last record's figures."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    sink = ray.remote(num_cpus=0)(Sink).remote()
+    log = _Log(folder, sink, progress)
+    gpu = ray.cluster_resources().get("GPU", 0) >= recipe.workers
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // recipe.workers)
+    config = {"data": ray.put(data), "recipe": recipe, "folder": folder, "sink": sink, "threads": cpus}
+    with tempfile.TemporaryDirectory(prefix="conjoin-train-") as scratch, log:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config=config,
+            scaling_config=ScalingConfig(
+                num_workers=recipe.workers,
+                use_gpu=gpu,
+                resources_per_worker={"CPU": 0.5, **({"GPU": 1} if gpu else {})},
+            ),
+            run_config=RunConfig(storage_path=scratch, failure_config=FailureConfig(max_failures=2)),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise _cause(error) from error
+    return log.last
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Our own error out of Ray's wrappers, or a TrainError that says what the worker said."""
+    seen: BaseException | None = error
+    while seen is not None:
+        for found in (seen, *getattr(seen, "worker_failures", {}).values()):
+            inner = getattr(found, "cause", found)
+            if isinstance(inner, TrainError | ConfigError | EncoderError):
+                return inner
+        seen = seen.__cause__ or seen.__context__
+    return TrainError(f"a training worker failed: {str(error).strip().splitlines()[-1]}")
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """One rank, inside Ray Train."""
+    import ray
+    import ray.train
+    import torch
+
+    from conjoin.pipeline.checkpoints import save_encoder
+    from conjoin.pipeline.embedder import load
+    from conjoin.pipeline.fit import Loop, Place
+
+    context = ray.train.get_context()
+    torch.set_num_threads(config["threads"])
+    recipe, folder = config["recipe"], config["folder"]
+    device = ray.train.torch.get_device()
+    precision = recipe.precision if recipe.precision != "auto" else ("bf16" if device.type == "cuda" else "float32")
+    place = Place(context.get_world_rank(), context.get_world_size(), device, precision)
+    encoder: JointEncoder = load(storage.join(folder, "initial"), device="cpu").encoder
+    loop = Loop(encoder, ray.get(config["data"]), recipe, place)
+    loop.run(storage.join(folder, "checkpoints"), lambda record: ray.get(config["sink"].put.remote(record)))
+    if place.rank == 0:
+        save_encoder(encoder, storage.join(folder, "last"), {"step": loop.progressed.step})
+        with torch.no_grad():
+            for name, value in loop.best.items():
+                loop.trained[name].copy_(value)
+        save_encoder(encoder, storage.join(folder, "best"), {"step": loop.progressed.best_step})
+    if place.world > 1:
+        torch.distributed.barrier()
+
+
+class Sink:
+    """Where rank 0 leaves its records for the driver; an actor, so that the two may be on different machines."""
+
+    def __init__(self) -> None:
+        self._records: list[dict[str, float]] = []
+
+    def put(self, record: dict[str, float]) -> None:
+        self._records.append(record)
+
+    def drain(self) -> list[dict[str, float]]:
+        drained, self._records = self._records, []
+        return drained
+
+
+class _Log:
+    """Drains the sink in the background: `log.jsonl`, and progress for who watches."""
+
+    def __init__(self, folder: str, sink: Any, progress: ShowProgress) -> None:
+        self._uri, self._sink, self._progress = storage.join(folder, "log.jsonl"), sink, progress
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.last: dict[str, float] = {}
+        self._lines: dict[int, str] = {}
+        if storage.exists(self._uri):
+            for line in storage.read_bytes(self._uri).decode().splitlines():
+                self._lines[int(json.loads(line)["step"])] = line
+
+    def __enter__(self) -> _Log:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._drain()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_POLL_S):
+            self._drain()
+
+    def _drain(self) -> None:
+        import ray
+
+        records = ray.get(self._sink.drain.remote())
+        for record in records:
+            self._lines[int(record["step"])] = json.dumps(record)
+            self.last |= record
+            facts = {name: value for name, value in self.last.items() if name not in ("step", "total")}
+            self._progress(Progress("train", record["step"], record["total"], "steps", facts))
+        if records:
+            kept = [line for step, line in sorted(self._lines.items()) if step <= records[-1]["step"]]
+            storage.write_bytes(self._uri, ("\n".join(kept) + "\n").encode())
+
+
+def _finish(folder: str, rows: int, figures: Mapping[str, float], seconds: float) -> TrainReport:
+    from conjoin.pipeline.embedder import read_spec
+
+    encoder = storage.join(folder, "best")
+    report = TrainReport(
+        folder=folder,
+        encoder=encoder,
+        fingerprint=read_spec(encoder)[1],
+        rows=rows,
+        steps=int(figures.get("step", 0)),
+        seconds=seconds,
+        samples_per_s=figures.get("samples_per_s", 0.0),
+        metrics={name: value for name, value in figures.items() if "_hit" in name},
+    )
+    storage.write_json(storage.join(folder, "report.json"), asdict(report))
+    return report

@@ -1,0 +1,91 @@
+"""Training checkpoints: what is trained and the optimizer's state as safetensors, the rest as JSON; nothing pickled.
+
+Assumes: a checkpoint is a folder written beside and renamed (on a bucket: its `state.json` is written last), so one
+that can be seen is whole; the newest two are kept.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conjoin.pipeline import storage
+from conjoin.pipeline.errors import StorageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from conjoin.encoders.joint import JointEncoder
+    from conjoin.encoders.spec import Json
+
+_KEPT = 2
+_STATE = "state.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Progressed:
+    """step: global batches done; best_step and best_score: of the best validation so far, -1 before one."""
+
+    step: int
+    best_step: int = -1
+    best_score: float = -1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """tensors: trained parameters by name, `optimizer.<name>.<slot>` and `best.<name>`."""
+
+    progressed: Progressed
+    tensors: Mapping[str, torch.Tensor]
+
+
+def write(directory: str, checkpoint: Checkpoint) -> None:
+    """Add a checkpoint and remove all but the newest two. Raises StorageError."""
+    from safetensors.torch import save
+
+    target = storage.join(directory, f"{checkpoint.progressed.step:010d}")
+    body = save({name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()})
+    storage.write_bytes(storage.join(target, "tensors.safetensors"), body)
+    storage.write_json(storage.join(target, _STATE), asdict(checkpoint.progressed))
+    for old in _steps(directory)[:-_KEPT]:
+        storage.remove(storage.join(directory, f"{old:010d}", _STATE))
+        storage.remove(storage.join(directory, f"{old:010d}"))
+
+
+def newest(directory: str) -> Checkpoint | None:
+    """The last whole checkpoint, None if there is none; a torn one is passed over."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    for step in reversed(_steps(directory)):
+        folder = storage.join(directory, f"{step:010d}")
+        try:
+            raw = storage.read_json(storage.join(folder, _STATE))
+            tensors = load(storage.read_bytes(storage.join(folder, "tensors.safetensors")))
+        except (StorageError, SafetensorError):
+            continue
+        raw.pop("format")
+        return Checkpoint(Progressed(**raw), tensors)  # type: ignore[arg-type]  # our own JSON
+    return None
+
+
+def _steps(directory: str) -> list[int]:
+    states = [uri for uri in storage.list_files(directory) if uri.endswith(f"/{_STATE}")]
+    return sorted(int(uri.split("/")[-2]) for uri in states)
+
+
+def save_encoder(encoder: JointEncoder, uri: str, metadata: Mapping[str, Json]) -> str:
+    """The encoder's folder, local or on a bucket (there its spec.json comes last); returns the fingerprint."""
+    from conjoin.encoders.checkpoint import save
+
+    if not storage.is_s3(uri):
+        return save(encoder, Path(uri), metadata)
+    with tempfile.TemporaryDirectory(prefix="conjoin-encoder-") as scratch:
+        folder = Path(scratch) / "encoder"
+        fingerprint = save(encoder, folder, metadata)
+        for file in sorted(folder.iterdir(), key=lambda path: path.name == "spec.json"):
+            storage.write_bytes(storage.join(uri, file.name), file.read_bytes())
+    return fingerprint

@@ -1,0 +1,254 @@
+"""The training loop of one rank: forward, exact global loss, summed gradients, AdamW, validation, checkpoints.
+
+Assumes: every rank runs the same steps over the same global batches; a rank may have no rows of a step. Gradients are
+summed over ranks, because each rank's loss is its share of the global one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from conjoin.encoders.losses import symmetric_infonce
+from conjoin.pipeline import checkpoints, metrics
+from conjoin.pipeline.batches import Decoded, Raw, Reader, rank_steps, stream
+from conjoin.pipeline.checkpoints import Checkpoint, Progressed
+from conjoin.pipeline.errors import TrainError
+from conjoin.pipeline.order import Order, Positions
+
+if TYPE_CHECKING:
+    from conjoin.encoders.joint import JointEncoder
+    from conjoin.pipeline.features import Features
+    from conjoin.pipeline.selection import Selection
+    from conjoin.pipeline.source import SourceConfig
+    from conjoin.pipeline.train import TrainConfig
+
+Say = Callable[[dict[str, float]], None]
+_MAX_VALIDATION = 2048
+_EMBED_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Training and validation rows, and the features of frozen towers over both (training rows first)."""
+
+    source: SourceConfig
+    train: Selection
+    validation: Selection
+    features: Mapping[str, Features]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Who this rank is and where it computes."""
+
+    rank: int
+    world: int
+    device: torch.device
+    precision: str
+
+
+class Loop:
+    """One rank's training run; `directory` holds the checkpoints, `say` takes a record of figures (rank 0 only)."""
+
+    def __init__(self, encoder: JointEncoder, data: Data, recipe: TrainConfig, place: Place) -> None:
+        self.encoder, self.data, self.recipe, self.place = encoder.to(place.device), data, recipe, place
+        self.raws = tuple(Raw(name, t.spec) for name, t in self._towers().items() if name not in data.features)
+        _freeze(encoder, set(data.features))
+        self.trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(_groups(self.trained, recipe.weight_decay), lr=recipe.lr)
+        self.order = Order(data.train.reading, recipe.global_batch_size, recipe.seed)
+        self.total = max(1, round(recipe.epochs * self.order.steps_per_epoch))
+        every = recipe.validate_every
+        self.every = self.order.steps_per_epoch if every == "epoch" else every
+        self.progressed = Progressed(0)
+        self.best: dict[str, torch.Tensor] = {}
+        self.validation: dict[str, Decoded] | None = None
+
+    def _towers(self) -> Mapping[str, torch.nn.Module]:
+        return {name: self.encoder.tower(name) for name in self.encoder.spec.towers}
+
+    def run(self, directory: str, say: Say) -> Progressed:
+        """Train from the newest checkpoint to the end. Raises TrainError when the loss is not finite."""
+        self._resume(directory)
+        saved_at = started = time.monotonic()
+        rows_done = 0
+        for step, values in enumerate(self._batches(), self.progressed.step):
+            loss = self._step(step, values)
+            rows_done += min(self.recipe.global_batch_size, len(self.data.train))
+            record = {"step": step + 1, "total": self.total, "loss": loss, "scale": float(self.encoder.scale)}
+            record |= {"samples_per_s": rows_done / (time.monotonic() - started)}
+            last = step + 1 == self.total
+            due = last or (step + 1) % self.every == 0
+            self.progressed = Progressed(step + 1, self.progressed.best_step, self.progressed.best_score)
+            if due:
+                record |= self._validate()
+            if self.place.rank == 0:
+                say(record)
+                if due and (last or time.monotonic() - saved_at >= self.recipe.checkpoint_every_s):
+                    self._save(directory)
+                    saved_at = time.monotonic()
+        return self.progressed
+
+    def _batches(self) -> Iterator[dict[str, Decoded | Positions]]:
+        """Per step: the rank's rows, and the decoded values of towers that are trained whole."""
+        where = (self.place.rank, self.place.world)
+        first = self.progressed.step
+        decoded: Iterator[Mapping[str, Decoded]] = iter(())
+        if self.raws:
+            reader = Reader(self.data.source, self.data.train, self.raws, self.recipe.seed, augment=True)
+            decoded = stream(reader, self.order, first, self.total, where)
+        for _, rows in rank_steps(self.order, first, self.total, where):
+            yield {"rows": rows, **(next(decoded) if self.raws else {})}
+
+    def _step(self, step: int, values: Mapping[str, Decoded | Positions]) -> float:
+        """One optimizer step; returns the loss over the global batch."""
+        rows = np.asarray(values["rows"])
+        self.encoder.train()
+        share = self._loss(rows, {name: v for name, v in values.items() if isinstance(v, Decoded)})
+        self.optimizer.zero_grad(set_to_none=False)
+        share.backward()
+        loss = _sum_over_ranks(list(self.trained.values()), share.detach())
+        if not math.isfinite(loss):
+            raise TrainError(f"the loss is {loss} at step {step + 1}", next="Lower train.lr, or use precision: float32")
+        rate = _schedule(step, self.total, self.recipe.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr * rate
+        self.optimizer.step()
+        self.encoder.clamp_scale_()
+        return loss
+
+    def _loss(self, rows: Positions, decoded: Mapping[str, Decoded]) -> torch.Tensor:
+        """This rank's share: the mean over pairs of modalities, each over the records that have both."""
+        encoded = {name: self._encode(name, rows, decoded) for name in self.encoder.spec.towers}
+        groups = torch.from_numpy(self.data.train.group_N[rows]).to(self.place.device)
+        pairs = list(combinations(encoded, 2))
+        shares = []
+        for a, b in pairs:
+            both = encoded[a][1] & encoded[b][1]
+            left, right = encoded[a][0][both[encoded[a][1]]], encoded[b][0][both[encoded[b][1]]]
+            group = groups[both] if self.data.source.group else None
+            shares.append(symmetric_infonce(left, right, self.encoder.scale, group))
+        return torch.stack(shares).sum() / len(pairs)
+
+    def _encode(
+        self, name: str, rows: Positions, decoded: Mapping[str, Decoded], offset: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unit vectors of the rows that have this modality, and which rows do (B,); offset: of the rows in features."""
+        device = self.place.device
+        if name in self.data.features:
+            kept = self.data.features[name]
+            content = kept.content_N[rows + offset]
+            features = torch.from_numpy(np.ascontiguousarray(kept.values_CW[content[content >= 0]]))
+            return self.encoder.project(name, features.to(device)), torch.from_numpy(content >= 0).to(device)
+        found = decoded[name]
+        present = torch.from_numpy(found.present).to(device)
+        if not found.values:
+            return torch.zeros(0, self.encoder.spec.dim, device=device), present
+        inputs = {key: value.to(device) for key, value in self.encoder.collate(name, found.values).items()}  # type: ignore[arg-type]
+        with torch.autocast(device.type, torch.bfloat16) if self.place.precision == "bf16" else nullcontext():
+            return self.encoder.encode(name, inputs), present
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """hit@1/5/10 both ways on up to 2,048 validation rows; remembers the best parameters so far."""
+        rows = np.arange(min(_MAX_VALIDATION, len(self.data.validation)))
+        if self.place.rank != 0 or len(rows) < 2:
+            return {}
+        self.encoder.eval()
+        vectors = self._embed_validation(rows)
+        groups = self.data.validation.group_N[rows]
+        record: dict[str, float] = {}
+        for a, b in [(a, b) for a in vectors for b in vectors if a != b]:
+            both = vectors[a][1] & vectors[b][1]
+            if not both.any():
+                continue
+            left, right = (vectors[m][0][both[vectors[m][1]]] for m in (a, b))
+            found = metrics.retrieval(left, right, groups[both], groups[both])
+            record |= {f"{a}_{b}_hit{k}": float(metrics.hit_at(found, k).mean()) for k in (1, 5, 10)}
+        score = float(np.mean([value for name, value in record.items() if name.endswith("hit10")] or [-1.0]))
+        if score > self.progressed.best_score:
+            self.progressed = Progressed(self.progressed.step, self.progressed.step, score)
+            self.best = {name: p.detach().clone() for name, p in self.trained.items()}
+        return record
+
+    def _embed_validation(self, rows: Positions) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        done: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in self.encoder.spec.towers}
+        reader = Reader(self.data.source, self.data.validation, self.raws, self.recipe.seed, augment=False)
+        for start in range(0, len(rows), _EMBED_AT_ONCE):
+            piece = rows[start : start + _EMBED_AT_ONCE]
+            decoded = reader.read(piece, 0) if self.raws else {}
+            for name, parts in done.items():
+                parts.append(self._encode(name, piece, decoded, len(self.data.train)))
+        return {
+            n: (torch.cat([p[0] for p in ps]).cpu().numpy(), torch.cat([p[1] for p in ps]).cpu().numpy())
+            for n, ps in done.items()
+        }
+
+    def _save(self, directory: str) -> None:
+        tensors = dict(self.trained)
+        for name, parameter in self.trained.items():
+            state = self.optimizer.state[parameter]
+            tensors |= {f"optimizer.{name}.{slot}": value for slot, value in state.items()}  # type: ignore[misc]
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}  # type: ignore[misc]
+        checkpoints.write(directory, Checkpoint(self.progressed, tensors))
+
+    def _resume(self, directory: str) -> None:
+        found = checkpoints.newest(directory)
+        if found is None:
+            return
+        self.progressed = found.progressed
+        for name, parameter in self.trained.items():
+            parameter.data.copy_(found.tensors[name])
+            prefix = f"optimizer.{name}."
+            slots = {key.removeprefix(prefix): value for key, value in found.tensors.items() if key.startswith(prefix)}
+            self.optimizer.state[parameter] = {
+                slot: value if slot == "step" else value.to(self.place.device) for slot, value in slots.items()
+            }
+        best = {name: found.tensors[f"best.{name}"] for name in self.trained if f"best.{name}" in found.tensors}
+        self.best = {name: value.to(self.place.device) for name, value in best.items()}
+
+
+def _freeze(encoder: JointEncoder, frozen: set[str]) -> None:
+    for name in encoder.spec.towers:
+        if name in frozen:
+            encoder.tower(name).freeze_backbone()
+
+
+def _groups(trained: Mapping[str, torch.nn.Parameter], decay: float) -> list[dict[str, object]]:
+    """No weight decay on biases, norms and the scale: everything with fewer than two dimensions."""
+    return [
+        {"params": [p for p in trained.values() if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _schedule(step: int, total: int, warmup: float) -> float:
+    """Linear warm-up, then a cosine to zero; 1 is the peak rate."""
+    warm = max(1, round(warmup * total))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def _sum_over_ranks(parameters: list[torch.nn.Parameter], share: torch.Tensor) -> float:
+    """Gradients and the loss, summed in one collective; returns the global loss."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return float(share)
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.cat([grad.reshape(-1).float() for grad in grads] + [share.reshape(1).float()])
+    dist.all_reduce(flat)
+    start = 0
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = flat[start : start + grad.numel()].view_as(grad).to(grad.dtype)
+        start += grad.numel()
+    return float(flat[-1])
