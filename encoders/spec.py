@@ -69,7 +69,7 @@ class TowerSpec:
         config.json and, for audio, the feature extractor's.
     width: W, the pooled backbone output; the head maps (B, W) to (B, dim).
     pooling: over positions; `none` takes the backbone's own pooled or projected output.
-    head_width: hidden units of an `mlp` head; 0 otherwise.
+    head_width: hidden units of an `mlp` head (norm, two layers, GELU); 0 otherwise.
     items: what embedding does with a list of values: the first one, or the renormalised mean of their vectors.
     """
 

@@ -129,11 +129,10 @@ class AudioTower(Tower):
                 [self._alone(wave[:size]) for wave, size in zip(inputs["waves"], num_samples_B, strict=True)]
             )
         hidden = self.backbone(**{key: value for key, value in inputs.items() if key != "num_samples"})
-        heard_s = self.spec.config["heard_s"]
-        if hidden.ndim == 2 or not isinstance(heard_s, float | int):
+        whole = self.spec.config["padded_samples"]
+        if hidden.ndim == 2 or not isinstance(whole, int):
             return _pool(hidden, None, self.spec.pooling)
-        share_B = num_samples_B / (heard_s * transform.sample_rate_hz)
-        return _pool(hidden, audio_input.heard(share_B, hidden.shape[1]), self.spec.pooling)
+        return _pool(hidden, audio_input.heard(num_samples_B, whole, hidden.shape[1]), self.spec.pooling)
 
     def _alone(self, wave_S: torch.Tensor) -> torch.Tensor:
         return _pool(self.backbone(input_values=wave_S[None]), None, self.spec.pooling)
@@ -259,7 +258,9 @@ def _head(spec: TowerSpec, dim: int) -> nn.Module:
         return nn.Identity()
     if spec.head == "linear":
         return nn.Linear(spec.width, dim)
-    return nn.Sequential(nn.Linear(spec.width, spec.head_width), nn.GELU(), nn.Linear(spec.head_width, dim))
+    # the norm brings frozen backbones of any scale to one learning rate
+    up, down = nn.Linear(spec.width, spec.head_width), nn.Linear(spec.head_width, dim)
+    return nn.Sequential(nn.LayerNorm(spec.width), up, nn.GELU(), down)
 
 
 def _pool(hidden: torch.Tensor, mask_BL: torch.Tensor | None, pooling: str) -> torch.Tensor:

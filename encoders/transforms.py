@@ -33,7 +33,7 @@ _POWER_FLOOR = 1e-5
 def fit_image(image: Image.Image, transform: ImageTransform) -> np.ndarray:
     """Any PIL picture to (size_px, size_px, 3) uint8; transparent parts show `background`."""
     size, resample = transform.size_px, _RESAMPLE[transform.resample]
-    picture = _opaque(image, transform.background)
+    picture = opaque(image, transform.background)
     if transform.fit == "squash":
         return np.asarray(picture.resize((size, size), resample))
     if transform.fit == "pad":
@@ -120,7 +120,7 @@ def mel_filters(sample_rate_hz: int, n_fft: int, num_mels: int) -> np.ndarray:
     return filters
 
 
-def _opaque(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def opaque(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """RGB; 16-bit and float greys are scaled to 8 bits instead of clipped, transparency shows the background."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
