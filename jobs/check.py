@@ -30,10 +30,9 @@ def understand(config: RunFile) -> dict[str, object]:
 
 
 def _source(config: RunFile) -> dict[str, object]:
-    from conjoin.pipeline.source import check_source, list_source
+    from conjoin.pipeline.source import list_source
 
     files = list_source(config.source)
-    check_source(config.source, files)
     found: dict[str, object] = {
         "path": config.source.path,
         "files": len(files),

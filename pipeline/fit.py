@@ -62,7 +62,7 @@ class Loop:
 
     def __init__(self, encoder: JointEncoder, data: Data, recipe: TrainConfig, place: Place) -> None:
         self.encoder, self.data, self.recipe, self.place = encoder.to(place.device), data, recipe, place
-        self.raws = tuple(Raw(name, t.spec) for name, t in self._towers().items() if name not in data.features)
+        self.raws = tuple(Raw(n, spec) for n, spec in encoder.spec.towers.items() if n not in data.features)
         _freeze(encoder, set(data.features))
         self.trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(_groups(self.trained, recipe.weight_decay), lr=recipe.lr)
@@ -73,9 +73,6 @@ class Loop:
         self.progressed = Progressed(0)
         self.best: dict[str, torch.Tensor] = {}
         self.validation: dict[str, Decoded] | None = None
-
-    def _towers(self) -> Mapping[str, torch.nn.Module]:
-        return {name: self.encoder.tower(name) for name in self.encoder.spec.towers}
 
     def run(self, directory: str, say: Say) -> Progressed:
         """Train from the newest checkpoint to the end. Raises TrainError when the loss is not finite."""
@@ -116,7 +113,7 @@ class Loop:
         self.encoder.train()
         share = self._loss(rows, {name: v for name, v in values.items() if isinstance(v, Decoded)})
         self.optimizer.zero_grad(set_to_none=False)
-        share.backward()
+        torch.autograd.backward(share)
         loss = _sum_over_ranks(list(self.trained.values()), share.detach())
         if not math.isfinite(loss):
             raise TrainError(f"the loss is {loss} at step {step + 1}", next="Lower train.lr, or use precision: float32")
@@ -154,7 +151,7 @@ class Loop:
         present = torch.from_numpy(found.present).to(device)
         if not found.values:
             return torch.zeros(0, self.encoder.spec.dim, device=device), present
-        inputs = {key: value.to(device) for key, value in self.encoder.collate(name, found.values).items()}  # type: ignore[arg-type]
+        inputs = {key: value.to(device) for key, value in self.encoder.collate(name, found.values).items()}
         with torch.autocast(device.type, torch.bfloat16) if self.place.precision == "bf16" else nullcontext():
             return self.encoder.encode(name, inputs), present
 
@@ -195,11 +192,11 @@ class Loop:
         }
 
     def _save(self, directory: str) -> None:
-        tensors = dict(self.trained)
+        tensors: dict[str, torch.Tensor] = dict(self.trained)
         for name, parameter in self.trained.items():
             state = self.optimizer.state[parameter]
-            tensors |= {f"optimizer.{name}.{slot}": value for slot, value in state.items()}  # type: ignore[misc]
-        tensors |= {f"best.{name}": value for name, value in self.best.items()}  # type: ignore[misc]
+            tensors |= {f"optimizer.{name}.{slot}": value for slot, value in state.items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
         checkpoints.write(directory, Checkpoint(self.progressed, tensors))
 
     def _resume(self, directory: str) -> None:

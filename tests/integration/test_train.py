@@ -1,0 +1,146 @@
+"""Training on real Ray Train: the number of workers changes nothing, a killed run goes on to the same weights."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageDraw
+
+from conjoin.pipeline.errors import TrainError
+from conjoin.pipeline.source import SourceConfig
+from conjoin.pipeline.train import TrainConfig, train
+
+COLOURS = ("red", "green", "blue", "black", "orange", "purple")
+SHAPES = ("circle", "square", "bar", "cross")
+
+
+def drawn(colour: str, shape: str, rng: np.random.Generator) -> bytes:
+    image = Image.new("RGB", (24, 24), "white")
+    draw = ImageDraw.Draw(image)
+    x, y, r = *rng.integers(7, 17, 2), int(rng.integers(4, 7))
+    box = (int(x - r), int(y - r), int(x + r), int(y + r))
+    if shape == "circle":
+        draw.ellipse(box, fill=colour)
+    elif shape == "square":
+        draw.rectangle(box, fill=colour)
+    elif shape == "bar":
+        draw.rectangle((box[0], int(y) - 2, box[2], int(y) + 2), fill=colour)
+    else:
+        draw.line(box, fill=colour, width=2)
+        draw.line((box[0], box[3], box[2], box[1]), fill=colour, width=2)
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 drawn shapes with captions such as `a red circle`, in five row groups."""
+    rng = np.random.default_rng(0)
+    pairs = [(COLOURS[i % 6], SHAPES[i // 6 % 4]) for i in range(240)]
+    table = pa.table(
+        {
+            "id": [f"s{i}" for i in range(240)],
+            "image": pa.array([drawn(*pair, rng) for pair in pairs], pa.binary()),
+            "caption": [f"a {colour} {shape}" for colour, shape in pairs],
+        }
+    )
+    path = tmp_path_factory.mktemp("shapes") / "shapes.parquet"
+    pq.write_table(table, path, row_group_size=50)
+    return path
+
+
+def source(path: Path) -> SourceConfig:
+    return SourceConfig(path=str(path), id="id", image="image", text="caption")
+
+
+def recipe(out: Path, **changes: object) -> TrainConfig:
+    towers = {
+        "image": {"model": "builtin", "tune": "head", "size_px": 16},
+        "text": {"model": "builtin", "tune": "all", "max_tokens": 12},
+    }
+    base = {"output": str(out), "towers": towers, "dim": 16, "global_batch_size": 48, "epochs": 4, "lr": 3e-3}
+    return TrainConfig.model_validate({**base, **changes})
+
+
+def losses(folder: str) -> list[float]:
+    lines = (Path(folder) / "log.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_one_two_and_three_workers_give_the_same_curve(ray_session: None, shapes: Path, tmp_path: Path) -> None:
+    curves = []
+    for workers in (1, 2, 3):
+        report = train("shapes", source(shapes), recipe(tmp_path / str(workers), workers=workers))
+        curves.append(losses(report.folder))
+        assert report.steps == len(curves[-1]) >= 16
+    assert np.abs(np.array(curves[1]) - curves[0]).max() < 1e-4
+    assert np.abs(np.array(curves[2]) - curves[0]).max() < 1e-4
+    assert curves[0][-1] < curves[0][0]
+
+
+def test_a_frozen_backbone_stays_as_it_was_and_a_finished_run_is_returned(
+    ray_session: None, shapes: Path, tmp_path: Path
+) -> None:
+    from conjoin.encoders.checkpoint import load
+
+    report = train("shapes", source(shapes), recipe(tmp_path, epochs=1))
+    before, after = load(Path(report.folder) / "initial"), load(Path(report.encoder))
+    frozen = before.tower("image").backbone.state_dict()
+    for name, value in after.tower("image").backbone.state_dict().items():
+        assert value.equal(frozen[name]), name
+    assert not after.tower("image").head.weight.equal(before.tower("image").head.weight)
+    assert not next(after.tower("text").backbone.parameters()).equal(next(before.tower("text").backbone.parameters()))
+    assert report.metrics["text_image_hit10"] > 0
+    started = time.monotonic()
+    again = train("shapes", source(shapes), recipe(tmp_path, epochs=1))
+    assert again == report
+    assert time.monotonic() - started < 5
+
+
+def test_nothing_to_train_on_is_an_error(shapes: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="0 of 240 rows"):
+        train("shapes", source(shapes), recipe(tmp_path, where="caption = 'none'"))
+
+
+SCRIPT = """
+import sys
+from conjoin.pipeline.source import SourceConfig
+from conjoin.pipeline.train import TrainConfig, train
+source, recipe = SourceConfig.model_validate_json(sys.argv[1]), TrainConfig.model_validate_json(sys.argv[2])
+print(train("shapes", source, recipe).encoder)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_weights(ray_session: None, shapes: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    settings = {"checkpoint_every_s": 0, "validate_every": 1, "epochs": 12}
+    whole = train("shapes", source(shapes), recipe(tmp_path / "whole", **settings))
+    broken = recipe(tmp_path / "broken", **settings)
+    command = [sys.executable, "-c", SCRIPT, source(shapes).model_dump_json(), broken.model_dump_json()]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    while not list((tmp_path / "broken").glob("*/checkpoints/*5/state.json")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.05)
+    import os
+
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    resumed = train("shapes", source(shapes), broken)
+    assert resumed.steps == whole.steps
+    left, right = (load_file(Path(report.folder) / "last" / "model.safetensors") for report in (whole, resumed))
+    for name, value in left.items():
+        assert (value.float() - right[name].float()).abs().max() <= 1e-6, name
+    assert len(losses(resumed.folder)) == whole.steps
