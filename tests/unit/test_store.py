@@ -1,0 +1,200 @@
+"""The Lance table with made vectors: schema, staging, one commit, lineage, tags, tables of others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from conjoin.pipeline import store
+from conjoin.pipeline.errors import ConjoinError, TableError
+
+DIM = 4
+
+
+def layout(**changes: object) -> store.Layout:
+    made = store.Layout(
+        id_type=pa.string(),
+        kept=pa.schema([("price", pa.float64())]),
+        modalities=("image", "text"),
+        uris=("image",),
+        thumbnails=False,
+        vector_type=pa.list_(pa.float32(), DIM),
+        fingerprint="f" * 32,
+        encoder="/encoders/one",
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def rows(schema: pa.Schema, ids: Sequence[str]) -> pa.Table:
+    vectors = np.eye(DIM, dtype=np.float32)[np.arange(len(ids)) % DIM].reshape(-1)
+    kind = schema.field("text_vec").type
+    made: dict[str, pa.Array] = {"id": pa.array(ids), "price": pa.array([1.0] * len(ids))}
+    for name in ("image_vec", "text_vec"):
+        made[name] = pa.FixedSizeListArray.from_arrays(pa.array(vectors), type=kind)
+    return pa.table([made.get(f.name, pa.nulls(len(ids), f.type)) for f in schema], schema=schema)
+
+
+def work(uri: str, run_id: str, parts: Sequence[Sequence[str]], **changes: object) -> store.Commit:
+    schema, head = store.table_schema(layout(**changes)), store.head(uri)
+    fragments = [store.stage(uri, rows(schema, ids), first=head is None) for ids in parts]
+    version = 0 if head is None else int(head.version)
+    return store.Commit(run_id, schema, fragments, version, {store.FINGERPRINT: "f" * 32, store.PLAN: "p"})
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    return str(tmp_path / "things.lance")
+
+
+def ids_of(uri: str, version: str | int | None = None) -> list[str]:
+    return list(store.open_version(uri, version).to_table(columns=["id"])["id"].to_pylist())
+
+
+def test_places_beside_the_table() -> None:
+    assert store.bookkeeping("s3://b/v/things.lance") == "s3://b/v/things.conjoin"
+    assert store.quarantine_uri("/v/things.lance") == "/v/things__quarantine.lance"
+
+
+def test_schema_order_types_and_metadata() -> None:
+    schema = store.table_schema(layout(thumbnails=True))
+    names = ["id", "price", "text", "image_uri", "image_thumb", "image_hash", "text_hash", "image_vec", "text_vec"]
+    assert schema.names == names
+    assert not schema.field("id").nullable
+    assert store.columns_of_schema(schema)["image_vec"] == store.VectorColumn(
+        "image_vec", "image", "f" * 32, DIM, "cosine", "/encoders/one"
+    )
+
+
+def test_kept_column_with_a_name_of_ours_is_refused() -> None:
+    with pytest.raises(TableError, match="'text'"):
+        store.table_schema(layout(kept=pa.schema([("text", pa.string())])))
+
+
+def test_nothing_is_visible_before_the_commit(uri: str) -> None:
+    made = work(uri, "r1", [["a", "b"], ["c"]])
+    assert store.head(uri) is None
+    with pytest.raises(TableError, match="no table"):
+        store.open_version(uri)
+    version = store.commit(uri, made)
+    table = store.open_version(uri, version)
+    assert ids_of(uri) == ["a", "b", "c"]
+    assert (table.data_storage_version, table.has_stable_row_ids) == (store.STORAGE_VERSION, False)
+    assert store.run_of(table) == {
+        "run_id": "r1",
+        "fingerprint": "f" * 32,
+        "plan_digest": "p",
+    }
+
+
+def test_commit_twice_is_one_version(uri: str) -> None:
+    made = work(uri, "r1", [["a", "b"]])
+    assert store.commit(uri, made) == store.commit(uri, made) == 1
+    assert ids_of(uri) == ["a", "b"]
+    assert len(lance.dataset(uri).versions()) == 1
+
+
+def test_full_run_replaces_all_rows_in_one_commit(uri: str) -> None:
+    store.commit(uri, work(uri, "r1", [["a", "b"]]))
+    assert store.commit(uri, work(uri, "r2", [["b"], ["c"]])) == 2
+    assert ids_of(uri) == ["b", "c"]
+    assert ids_of(uri, 1) == ["a", "b"]
+
+
+def test_candidate_is_read_beside_the_head(uri: str) -> None:
+    first = work(uri, "r1", [["a"]])
+    assert store.candidate(uri, first) is None
+    store.commit(uri, first)
+    second = work(uri, "r2", [["b", "c"]])
+    candidate = store.candidate(uri, second)
+    assert candidate is not None
+    assert candidate.to_table()["id"].to_pylist() == ["b", "c"]
+    assert ids_of(uri) == ["a"]
+    assert store.commit(uri, second) == 2
+
+
+def test_committed_looks_back_to_the_live_run_and_not_below_a_restore(uri: str) -> None:
+    store.commit(uri, work(uri, "r1", [["a"]]))
+    lance.dataset(uri).tags.create(store.LIVE, 1)
+    second = work(uri, "r2", [["b"]])
+    store.commit(uri, second)
+    assert (store.committed(uri, "r1"), store.committed(uri, "r2")) == (1, 2)
+    lance.dataset(uri).checkout_version(1).restore()
+    assert (store.committed(uri, "r1"), store.committed(uri, "r2")) == (1, None)
+    assert store.run_of(store.open_version(uri, None))["run_id"] == "r1"
+
+
+def test_committed_is_found_below_index_versions(uri: str) -> None:
+    store.commit(uri, work(uri, "r1", [["a", "b"]]))
+    lance.dataset(uri).create_scalar_index("id", "BTREE")
+    lance.dataset(uri).tags.create(store.LIVE, 2)
+    assert store.committed(uri, "r1") == 1
+    assert store.run_of(store.open_version(uri))["run_id"] == "r1"
+
+
+def test_another_run_in_between_is_refused(uri: str) -> None:
+    store.commit(uri, work(uri, "r1", [["a"]]))
+    slow, quick = work(uri, "slow", [["s"]]), work(uri, "quick", [["q"]])
+    store.commit(uri, quick)
+    with pytest.raises(TableError, match="run quick committed version 2"):
+        store.commit(uri, slow)
+    assert ids_of(uri) == ["q"]
+
+
+def test_a_table_that_appears_meanwhile_is_refused(uri: str) -> None:
+    one, other = work(uri, "one", [["a"]]), work(uri, "other", [["b"]])
+    store.commit(uri, one)
+    with pytest.raises(TableError, match="a table appeared"):
+        store.commit(uri, other)
+
+
+def test_commit_without_any_fragment(uri: str) -> None:
+    store.commit(uri, work(uri, "r1", []))
+    assert ids_of(uri) == []
+
+
+def test_a_table_of_somebody_else_is_left_alone(uri: str) -> None:
+    lance.write_dataset(pa.table({"id": ["x"]}), uri)
+    with pytest.raises(TableError, match="not made by conjoin"):
+        store.check_ours(uri)
+    assert ids_of(uri) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fingerprint": "0" * 32}, "another encoder filled this table: ffffffffffff"),
+        ({"kept": pa.schema([("price", pa.int64())])}, "price: double there, int64 now"),
+        ({"kept": pa.schema([])}, "price: double there, absent now"),
+        ({"id_type": pa.int64()}, "id: string there, int64 now"),
+    ],
+    ids=["encoder", "type", "column", "id"],
+)
+def test_a_table_that_does_not_fit_is_refused(uri: str, changes: dict[str, object], message: str) -> None:
+    store.commit(uri, work(uri, "r1", [["a"]]))
+    head = store.check_ours(uri)
+    assert head is not None
+    store.check_fits(head, store.table_schema(layout()))
+    with pytest.raises(TableError, match=message):
+        store.check_fits(head, store.table_schema(layout(**changes)))
+
+
+def test_versions_that_are_missing_are_named(uri: str) -> None:
+    store.commit(uri, work(uri, "r1", [["a"]]))
+    with pytest.raises(TableError, match="no version 'live'"):
+        store.open_version(uri)
+    with pytest.raises(TableError, match="no version 9"):
+        store.open_version(uri, 9)
+
+
+def test_an_unreadable_place_is_an_error_of_ours(tmp_path: Path) -> None:
+    uri = tmp_path / "torn.lance"
+    (uri / "_versions").mkdir(parents=True)
+    (uri / "_versions" / "1.manifest").write_bytes(b"torn")
+    with pytest.raises(ConjoinError):
+        store.open_version(str(uri))
