@@ -1,0 +1,140 @@
+"""What a URI names, as bytes: a local file, an S3 object, an http(s) address; with retries and a limit per host.
+
+Assumes: one Fetcher serves one batch of values from many threads, and is dropped with it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from conjoin.pipeline import storage
+from conjoin.pipeline.errors import StorageError
+
+if TYPE_CHECKING:
+    import urllib3
+
+CONCURRENCY = 16
+MAX_BYTES = 256 << 20
+CONNECT_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 30.0
+# After so many failures in a row a host counts as down: the rest of the batch need not wait for its timeouts.
+GIVE_UP_AFTER = 8
+_BUSY = {408, 425, 429, 500, 502, 503, 504}
+_GONE = {404, 410}
+_DENIED = {401, 403, 407}
+
+
+class Fetcher:
+    """Fetches URIs from any number of threads."""
+
+    def __init__(self) -> None:
+        self._failures: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def fetch(self, uri: str) -> bytes:
+        """The bytes. Raises StorageError saying why there are none, after repeats where a repeat may help."""
+        host = _host(uri)
+        if self._failures[host] >= GIVE_UP_AFTER:
+            raise StorageError(f"not tried: {GIVE_UP_AFTER} requests in a row failed", where=host)
+        try:
+            data = storage.retry(lambda: _read(uri), verb="fetch", where=uri)
+        except StorageError as error:
+            with self._lock:
+                self._failures[host] += error.retryable
+            raise
+        with self._lock:
+            self._failures[host] = 0
+        return data
+
+
+def _host(uri: str) -> str:
+    parts = urlsplit(uri)
+    return f"{parts.scheme}://{parts.netloc}" if parts.scheme else "file"
+
+
+def _read(uri: str) -> bytes:
+    scheme = uri.split("://", 1)[0].lower() if "://" in uri else "file"
+    if scheme in ("http", "https"):
+        return _read_http(uri)
+    if scheme in ("s3", "s3a"):
+        fs, path = storage.filesystem(uri)
+        return cast(bytes, fs.cat_file(path))
+    if scheme == "file":
+        return _read_file(uri)
+    raise StorageError(f"cannot fetch {scheme}:// addresses; file, s3, http and https are known", where=uri)
+
+
+def _read_file(uri: str) -> bytes:
+    path = Path(unquote(urlsplit(uri).path) if uri.startswith("file://") else uri)
+    _check_size(path.stat().st_size, uri)
+    return path.read_bytes()
+
+
+def _read_http(uri: str) -> bytes:
+    import urllib3
+
+    try:
+        response = _pool(_proxy(uri)).request("GET", uri, preload_content=False)
+        try:
+            _check_status(response.status, uri)
+            _check_size(int(response.headers.get("Content-Length") or 0), uri)
+            data = response.read(MAX_BYTES + 1)
+            _check_size(len(data), uri)
+        except BaseException:
+            response.close()
+            raise
+        response.release_conn()
+        return data
+    except (urllib3.exceptions.LocationParseError, urllib3.exceptions.LocationValueError) as error:
+        raise StorageError("not a valid address", where=uri) from error
+    except urllib3.exceptions.MaxRetryError as error:
+        is_loop = isinstance(error.reason, urllib3.exceptions.ResponseError)
+        raise _failed(uri, error.reason or error, retryable=not is_loop) from error
+    except urllib3.exceptions.HTTPError as error:
+        raise _failed(uri, error, retryable=True) from error
+
+
+def _failed(uri: str, error: BaseException, *, retryable: bool) -> StorageError:
+    failed = StorageError(f"cannot fetch: {error}", where=uri)
+    failed.retryable = retryable
+    return failed
+
+
+def _check_status(status: int, uri: str) -> None:
+    if 200 <= status < 300:
+        return
+    if status in _GONE:
+        raise StorageError(f"nothing there (HTTP {status})", where=uri)
+    if status in _DENIED:
+        raise StorageError(f"access denied (HTTP {status})", where=uri)
+    raise _failed(uri, RuntimeError(f"HTTP {status}"), retryable=status in _BUSY)
+
+
+def _check_size(size_bytes: int, uri: str) -> None:
+    if size_bytes > MAX_BYTES:
+        raise StorageError(f"larger than {MAX_BYTES >> 20} MB", where=uri)
+
+
+def _proxy(uri: str) -> str | None:
+    parts = urlsplit(uri)
+    return None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
+
+
+@cache
+def _pool(proxy: str | None) -> urllib3.PoolManager:
+    """Connections are kept open: a handshake per picture would cost more than the picture."""
+    import urllib3
+
+    options: dict[str, Any] = {
+        "maxsize": CONCURRENCY,
+        "timeout": urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S),
+        "retries": urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5),
+        "headers": {"User-Agent": "conjoin", "Accept": "*/*"},
+    }
+    return urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
