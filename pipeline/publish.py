@@ -1,13 +1,36 @@
 """Gates, then one tag move; rollback; history.
 
-Assumes: readers use the tag `live`; nothing is visible to them before it moves.
+Assumes: readers use the tag `live`; nothing is visible to them before it moves. Lance tags have no compare-and-set, so
+two publishers are kept apart by numbered leases that are read again just before and just after a move; the moment
+between the last look and the move itself stays open, and the one who was overtaken there finds out and says so.
 """
 
 from __future__ import annotations
 
+import datetime as dt
+import json
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
 from pydantic import Field
 
+from conjoin.pipeline import storage, store
+from conjoin.pipeline.errors import GateError, TableError
 from conjoin.pipeline.section import Section
+
+if TYPE_CHECKING:
+    import lance
+    import numpy as np
+    import pyarrow as pa
+
+PREVIOUS = "previous"
+_SAMPLE = 20_000  # rows whose vectors the gates look at; all of a smaller table
+_SEED = 20_240_602
+# Off unit length by more than rounding: float16 keeps about three digits.
+_LENGTH_ERROR = {"float": 1e-4, "halffloat": 2e-3}
 
 
 class Gates(Section):
@@ -17,3 +40,283 @@ class Gates(Section):
     duplicate_vectors: float = Field(
         0.5, ge=0, le=1, description="largest share of vectors that equal another one of different content"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the plan promised. fingerprint: of the encoder of every vector column; columns: their names."""
+
+    num_rows: int
+    fingerprint: str
+    columns: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GateResult:
+    """One gate: what was found, in one sentence with its numbers."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One move of `live`, as history keeps it. number: increasing over all moves; at: UTC, ISO 8601."""
+
+    number: int
+    action: Literal["publish", "rollback"]
+    run_id: str
+    version: int
+    before: int | None
+    num_rows: int
+    at: str
+    live: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to move tags until somebody takes a higher number."""
+
+    uri: str
+    number: int
+    owner: str
+
+
+def check_gates(
+    dataset: lance.LanceDataset, expected: Expected, gates: Gates, live: lance.LanceDataset | None = None
+) -> tuple[GateResult, ...]:
+    """Every gate that needs no index, on a candidate; live: what it is compared with, None on the first night.
+
+    Raises GateError naming every failed gate with its numbers; nothing has moved then.
+    """
+    results = [*_row_gates(dataset, expected, gates, live), *_column_gates(dataset, expected)]
+    for column in store.vector_columns(dataset).values():
+        rows = _sampled(dataset, column)
+        vectors = rows.column(column.name).combine_chunks().drop_null()
+        results.append(_length_gate(column, vectors))
+        results.append(_duplicate_gate(column, rows, gates))
+    failed = [result for result in results if not result.passed]
+    if failed:
+        raise GateError(
+            "; ".join(f"{result.name}: {result.detail}" for result in failed),
+            where=f"{dataset.uri} version {dataset.version}",
+            next="Nothing was published and readers see what they saw before. If the change is meant, raise the gate "
+            "in the run file and run again",
+        )
+    return tuple(results)
+
+
+def _row_gates(
+    dataset: lance.LanceDataset, expected: Expected, gates: Gates, live: lance.LanceDataset | None
+) -> list[GateResult]:
+    import pyarrow.compute as pc
+
+    found = dataset.count_rows()
+    ids = dataset.to_table(columns=["id"]).column(0)
+    doubled = len(ids) - pc.count_distinct(ids, mode="all").as_py()
+    results = [
+        GateResult("rows", found == expected.num_rows, f"{found} rows, the plan has {expected.num_rows}"),
+        GateResult("ids", doubled == 0 and ids.null_count == 0, f"{doubled} repeated and {ids.null_count} null ids"),
+    ]
+    if live is not None:
+        before = live.count_rows()
+        change = abs(found - before) / max(before, 1)
+        detail = f"{before} -> {found} rows is a change of {change:.1%}, allowed are {gates.row_change:.1%}"
+        results.append(GateResult("row change", change <= gates.row_change, detail))
+    return results
+
+
+def _column_gates(dataset: lance.LanceDataset, expected: Expected) -> list[GateResult]:
+    columns = store.vector_columns(dataset)
+    results = [
+        GateResult("columns", set(columns) == set(expected.columns), f"vector columns are {', '.join(sorted(columns))}")
+    ]
+    for name, column in columns.items():
+        size = dataset.schema.field(name).type.list_size
+        same = column.fingerprint == expected.fingerprint
+        detail = f"{name}: encoder {column.fingerprint[:12]}, expected {expected.fingerprint[:12]}"
+        results.append(GateResult("encoder", same, detail))
+        detail = f"{name}: {size} dimensions, its metadata says {column.dim}"
+        results.append(GateResult("dimension", size == column.dim, detail))
+    return results
+
+
+def _sampled(dataset: lance.LanceDataset, column: store.VectorColumn) -> pa.Table:
+    import numpy as np
+
+    wanted = [column.name, f"{column.modality}_hash"]
+    columns = [name for name in wanted if name in dataset.schema.names]
+    num_rows = dataset.count_rows()
+    if num_rows <= _SAMPLE:
+        return dataset.to_table(columns=columns)
+    rows = np.random.default_rng(_SEED).choice(num_rows, _SAMPLE, replace=False)
+    return dataset.take(np.sort(rows), columns=columns)
+
+
+def _length_gate(column: store.VectorColumn, vectors: pa.Array) -> GateResult:
+    import numpy as np
+
+    matrix = _matrix(vectors)
+    finite = np.isfinite(matrix).all(axis=1)
+    error = np.abs(np.linalg.norm(np.where(finite[:, None], matrix, 0), axis=1) - 1)
+    limit = _LENGTH_ERROR.get(str(vectors.type.value_type), 1e-4)
+    broken, off = int((~finite).sum()), int((finite & (error > limit)).sum())
+    detail = f"{column.name}: {broken} not finite and {off} not of unit length, of {len(matrix)} looked at"
+    return GateResult("vectors", broken == off == 0, detail)
+
+
+def _duplicate_gate(column: store.VectorColumn, rows: pa.Table, gates: Gates) -> GateResult:
+    """An encoder that collapsed gives one vector to different contents."""
+    import numpy as np
+    import pyarrow as pa
+
+    present = rows.filter(pa.compute.is_valid(rows.column(column.name)))
+    matrix = _matrix(present.column(column.name).combine_chunks())
+    keys = np.ascontiguousarray(matrix).view(np.dtype((np.void, matrix.itemsize * matrix.shape[1]))).ravel()
+    _, group = np.unique(keys, return_inverse=True)
+    contents = group
+    if f"{column.modality}_hash" in rows.schema.names:
+        hashes = present.column(f"{column.modality}_hash").combine_chunks().cast(pa.binary()).to_pylist()
+        _, contents = np.unique(np.array([value or b"" for value in hashes], dtype="S16"), return_inverse=True)
+    pairs = np.unique(np.stack([group, contents], axis=1), axis=0)
+    contents_per_vector = np.bincount(pairs[:, 0], minlength=1)
+    shared = int((contents_per_vector[group] > 1).sum()) if len(group) else 0
+    share = shared / max(len(group), 1)
+    detail = (
+        f"{column.name}: {share:.1%} share their vector with another content, allowed are {gates.duplicate_vectors:.1%}"
+    )
+    return GateResult("duplicate vectors", share <= gates.duplicate_vectors, detail)
+
+
+def _matrix(vectors: pa.Array) -> np.ndarray:
+    import numpy as np
+
+    width = vectors.type.list_size
+    return vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, width)
+
+
+def take_lease(uri: str, owner: str) -> Lease:
+    """The next number, higher than everybody's; whoever held a lower one is overtaken from now on."""
+    while True:
+        number = max(_numbers(_lease_directory(uri)), default=0) + 1
+        unique = uuid.uuid4().hex  # a repeated PUT must recognise its own
+        text = json.dumps({"format": storage.FORMAT, "owner": owner, "at": _now(), "unique": unique}).encode()
+        if storage.create_bytes(storage.join(_lease_directory(uri), f"{number:08d}.json"), text):
+            return Lease(uri, number, owner)
+
+
+def check_lease(lease: Lease) -> None:
+    """Raises TableError if another publisher took over."""
+    newest = max(_numbers(_lease_directory(lease.uri)), default=0)
+    if newest > lease.number:
+        path = storage.join(_lease_directory(lease.uri), f"{newest:08d}.json")
+        other = storage.read_json(path)["owner"]
+        raise TableError(
+            f"run {other} took over while run {lease.owner} was publishing",
+            where=lease.uri,
+            next="Look at `conjoin history`; run again if this run should win",
+        )
+
+
+def publish(uri: str, version: int, run_id: str, lease: Lease | None = None) -> Entry:
+    """Point `live` at a version and `previous` at the one before. A run id publishes once; repeats change nothing.
+
+    Raises TableError if the version is gone or another publisher took over.
+    """
+    known = next((entry for entry in history(uri) if (entry.action, entry.run_id) == ("publish", run_id)), None)
+    if known is not None:
+        return known
+    return _move(uri, version, "publish", run_id, lease or take_lease(uri, run_id))
+
+
+def rollback(uri: str, to: int | str | None = None) -> Entry:
+    """Point `live` back at `previous`, at a version number, or at what a run published.
+
+    A second rollback without `to` undoes the first. Raises TableError if there is nothing to go back to.
+    """
+    dataset = store.open_version(uri, None)
+    version = _rollback_target(uri, dataset, to)
+    run_id = next((e.run_id for e in history(uri) if e.version == version), "")
+    return _move(uri, version, "rollback", run_id, take_lease(uri, f"rollback to {version}"))
+
+
+def _rollback_target(uri: str, dataset: lance.LanceDataset, to: int | str | None) -> int:
+    if to is None:
+        tag = dataset.tags.list().get(PREVIOUS)
+        if tag is None:
+            raise TableError("nothing to roll back to: only one version was ever published", where=uri)
+        return int(tag["version"])
+    if isinstance(to, str) and not to.isdigit():
+        found = next((entry for entry in history(uri) if entry.run_id == to), None)
+        if found is None:
+            raise TableError(f"no run {to!r} was ever published", where=uri, next="`conjoin history` lists the runs")
+        return found.version
+    return int(to)
+
+
+def history(uri: str) -> tuple[Entry, ...]:
+    """Every move of `live`, newest first; the newest one of the version that is live now is marked."""
+    base = _history_directory(uri)
+    raw = [storage.read_json(path) for path in storage.list_files(base) if path.endswith(".json")]
+    entries = sorted((_entry(row) for row in raw), key=lambda entry: -entry.number)
+    dataset = store.head(uri) if entries else None
+    live = store.live_version(dataset) if dataset is not None else None
+    marked = next((entry.number for entry in entries if entry.version == live), None)
+    return tuple(_marked(entry) if entry.number == marked else entry for entry in entries)
+
+
+def _entry(raw: Mapping[str, object]) -> Entry:
+    return Entry(**{key: value for key, value in raw.items() if key != "format"})  # type: ignore[arg-type]  # as written
+
+
+def _marked(entry: Entry) -> Entry:
+    return Entry(**{**asdict(entry), "live": True})
+
+
+def _move(uri: str, version: int, action: Literal["publish", "rollback"], run_id: str, lease: Lease) -> Entry:
+    target = store.open_version(uri, version)
+    tags = target.tags.list()
+    live = int(tags[store.LIVE]["version"]) if store.LIVE in tags else None
+    check_lease(lease)
+    if live is not None and live != version:  # equal: the run died between its tags and its record
+        _point(target, PREVIOUS, live, tags)
+    if live != version:
+        _point(target, store.LIVE, version, tags)
+    check_lease(lease)
+    before = _before(target, version)
+    entry = Entry(lease.number, action, run_id, version, before, target.count_rows(), _now())
+    record = {key: value for key, value in asdict(entry).items() if key != "live"}
+    name = f"{lease.number:08d}-{action}-{re.sub(r'[^A-Za-z0-9._-]', '_', run_id) or version}.json"
+    storage.write_json(storage.join(_history_directory(uri), name), record)
+    return _marked(entry)
+
+
+def _before(dataset: lance.LanceDataset, version: int) -> int | None:
+    tag = dataset.tags.list().get(PREVIOUS)
+    return None if tag is None or tag["version"] == version else int(tag["version"])
+
+
+def _point(dataset: lance.LanceDataset, tag: str, version: int, tags: Mapping[str, object]) -> None:
+    """Move or make a tag. There is no compare-and-set: the last writer wins, hence the lease around it."""
+    if tag in tags:
+        dataset.tags.update(tag, version)
+    else:
+        dataset.tags.create(tag, version)
+
+
+def _lease_directory(uri: str) -> str:
+    return storage.join(store.bookkeeping(uri), "lease")
+
+
+def _history_directory(uri: str) -> str:
+    return storage.join(store.bookkeeping(uri), "history")
+
+
+def _numbers(directory: str) -> Sequence[int]:
+    names = [path.rsplit("/", 1)[1] for path in storage.list_files(directory)]
+    return [int(name.removesuffix(".json")) for name in names if re.fullmatch(r"\d+\.json", name)]
+
+
+def _now() -> str:
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,99 @@
+"""Values bound into the syntax tree: `?`, `$1` and `$name` become literals, lists and bytes stay behind their names.
+
+Assumes: text never becomes SQL: a bound string is a literal node, whatever it contains.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import decimal
+import math
+from collections.abc import Mapping, Sequence
+
+from sqlglot import exp
+
+from conjoin.pipeline.errors import QueryError
+
+Params = Mapping[str, object] | Sequence[object] | None
+
+
+def bind(tree: exp.Query, params: Params) -> dict[str, object]:
+    """Put scalars into the tree itself; returns {placeholder name: value} of what stays a parameter (lists, bytes).
+
+    Raises QueryError for a missing, unused or unsupported parameter.
+    """
+    given = _by_name(params)
+    rest: dict[str, object] = {}
+    nodes = list(tree.find_all(exp.Placeholder))
+    for node in nodes:
+        if node.name not in given:
+            raise QueryError(f"no value for the parameter ${node.name}", next=_known(given))
+        value = given[node.name]
+        literal = _literal(value)
+        if literal is not None:
+            node.replace(literal)
+        else:
+            rest[f"p{node.name}"] = _plain(value, node.name)
+            node.replace(exp.Placeholder(this=f"p{node.name}"))
+    if unused := sorted(set(given) - {node.name for node in nodes}):
+        raise QueryError(f"the parameter {unused[0]!r} is not in the query")
+    return rest
+
+
+def _by_name(params: Params) -> dict[str, object]:
+    if params is None:
+        return {}
+    if isinstance(params, Mapping):
+        return {str(name): value for name, value in params.items()}
+    if isinstance(params, str | bytes):
+        raise QueryError("params is a list of values or a mapping of names")
+    return {str(position): value for position, value in enumerate(params, 1)}
+
+
+def _known(given: Mapping[str, object]) -> str:
+    return f"Given: {', '.join(given)}" if given else "Pass params=[...] or params={name: value}"
+
+
+def _literal(value: object) -> exp.Expr | None:
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if value is None:
+        return exp.null()
+    if isinstance(value, bool):
+        return exp.Boolean(this=value)
+    if isinstance(value, int):
+        return _number(str(abs(value)), negative=value < 0)
+    if isinstance(value, float):
+        return _float(value)
+    if isinstance(value, str):
+        return exp.Literal.string(value)
+    if isinstance(value, decimal.Decimal):
+        return _number(format(abs(value), "f"), negative=value < 0)
+    if isinstance(value, dt.datetime):
+        return exp.cast(exp.Literal.string(value.isoformat(" ")), "TIMESTAMPTZ" if value.tzinfo else "TIMESTAMP")
+    if isinstance(value, dt.date):
+        return exp.cast(exp.Literal.string(value.isoformat()), "DATE")
+    return None
+
+
+def _number(text: str, *, negative: bool) -> exp.Expr:
+    literal = exp.Literal.number(text)
+    return exp.Neg(this=literal) if negative else literal
+
+
+def _float(value: float) -> exp.Expr:
+    if not math.isfinite(value):
+        return exp.cast(exp.Literal.string(str(value)), "DOUBLE")
+    text = repr(abs(value))
+    return _number(text if "e" in text else f"{text}e0", negative=math.copysign(1.0, value) < 0)
+
+
+def _plain(value: object, name: str) -> object:
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return list(value)
+    kind = type(value).__name__
+    raise QueryError(f"the parameter {name!r} is a {kind}; scalars, bytes, lists and arrays can be bound")

@@ -1,0 +1,206 @@
+"""SQL text to one read-only query as a syntax tree; everything else is refused before anything is opened.
+
+Assumes: this is the first of two walls; the second is DuckDB's own configuration (execute.py), which has no external
+access whatever gets through here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+
+import sqlglot
+from sqlglot import Token, TokenType, exp
+from sqlglot.dialects.dialect import Dialect
+from sqlglot.errors import ParseError, TokenError
+
+from conjoin.pipeline.errors import QueryError
+
+DIALECT = "duckdb"
+_STARTS = {"SELECT", "WITH", "FROM", "VALUES", "TABLE", "("}
+_STATEMENT = re.compile(
+    "ALTER|ANALYZE|ATTACH|BEGIN|CALL|CHECKPOINT|COMMENT|COMMIT|COPY|CREATE|DEALLOCATE|DELETE|DESCRIBE|DETACH|DROP|"
+    "EXECUTE|EXPLAIN|EXPORT|FORCE|IMPORT|INSERT|INSTALL|LOAD|MERGE|PIVOT|PRAGMA|PREPARE|RESET|ROLLBACK|SET|SHOW|"
+    "SUMMARIZE|TRUNCATE|UNPIVOT|UPDATE|USE|VACUUM"
+)
+# Nodes that change something or name something outside; a CTE can carry them below a SELECT.
+_REFUSED = (
+    exp.DML,
+    exp.DDL,
+    exp.Command,
+    exp.Copy,
+    exp.Attach,
+    exp.Detach,
+    exp.Pragma,
+    exp.Set,
+    exp.Use,
+    exp.Into,
+    exp.Lock,
+    exp.Describe,
+    exp.Summarize,
+    exp.Show,
+    exp.ReadCSV,
+    exp.ReadParquet,
+    exp.Drop,
+    exp.Alter,
+    exp.Kill,
+    exp.Transaction,
+    exp.Commit,
+    exp.Rollback,
+)
+_TABLE_FUNCTIONS = {"range", "generate_series", "unnest", "json_each", "json_tree"}
+_REFUSED_FUNCTION = re.compile(
+    r"^(read_\w+|parquet_\w+|\w*_scan|scan_\w+|sniff_\w+|duckdb_\w+|pragma_\w+|pg_\w+|query|query_table|glob|getenv|"
+    r"getvariable|current_setting|set_config|write_log|nextval|currval|setval|setseed|sleep_ms|which_secret|"
+    r"json_execute_serialized_sql|from_substrait\w*|\w*_logging|\w*_profil\w+|\w*checkpoint|\w*external_resource\w*|"
+    r"load_aws_credentials|httpfs\w*|iceberg_\w+|delta_\w+|sqlite_\w+|postgres_\w+|mysql_\w+|st_read\w*|python_\w+|"
+    r"repeat_row|shell\w*|system)$",
+    re.IGNORECASE,
+)
+
+
+def parse(sql: str) -> exp.Query:
+    """One SELECT-like statement. Raises QueryError with the place of a syntax error, or with what is refused."""
+    tokens = _tokens(sql)
+    _check_start(sql, tokens)
+    numbered = _numbered(sql, tokens)
+    trees = _trees(sql, numbered, tokens if numbered == sql else sqlglot.tokenize(numbered, read=DIALECT))
+    tree = trees[0] if len(trees) == 1 else None
+    if isinstance(tree, exp.Values):
+        tree = exp.select("*").from_(tree)
+    if not isinstance(tree, exp.Query):
+        raise _refusal(type(tree).__name__)
+    _guard(tree)
+    return tree
+
+
+def parse_condition(text: str) -> exp.Expr:
+    """A WHERE condition alone. Raises QueryError like parse()."""
+    query = parse(f"SELECT 1 WHERE ({text}\n)")
+    where = query.args.get("where")
+    others = {key for key, value in query.args.items() if value} - {"where", "expressions"}
+    if not isinstance(where, exp.Where) or not isinstance(where.this, exp.Paren) or others:
+        raise QueryError("where is one condition", where=text)
+    return where.this
+
+
+def _trees(sql: str, numbered: str, tokens: Sequence[Token]) -> list[exp.Expr]:
+    try:
+        return [
+            tree for tree in Dialect.get_or_raise(DIALECT).parser().parse(list(tokens), numbered) if tree is not None
+        ]
+    except ParseError as error:
+        if numbered != sql:
+            _trees(sql, sql, sqlglot.tokenize(sql, read=DIALECT))  # raises with the places of the text as written
+        raise _syntax_error(sql, error) from None
+    except RecursionError:
+        raise QueryError("the query is nested too deeply") from None
+
+
+def _numbered(sql: str, tokens: Sequence[Token]) -> str:
+    """`?` written as $1, $2, ...: the tree does not keep their order (LIMIT ? comes before WHERE ? in it)."""
+    parts, done = [], 0
+    places = [token for token in tokens if token.token_type == TokenType.PLACEHOLDER and token.text == "?"]
+    for position, token in enumerate(places, 1):
+        parts += [sql[done : token.start], f"${position}"]
+        done = token.end + 1
+    return "".join([*parts, sql[done:]])
+
+
+def _tokens(sql: str) -> Sequence[Token]:
+    try:
+        tokens = sqlglot.tokenize(sql, read=DIALECT)
+    except TokenError as error:
+        raise QueryError(f"syntax error: {str(error).splitlines()[0]}", where=_place(sql, len(sql) - 1)) from None
+    for token in tokens:
+        if any(comment.startswith("+") for comment in token.comments):
+            raise QueryError("hint comments have no effect here, so they are refused", where=_place(sql, token.start))
+        if token.token_type == TokenType.NULLSAFE_EQ:
+            raise QueryError("the operator <=> is not known", where=_place(sql, token.start), next=_USE_DISTANCE)
+    return tokens
+
+
+_USE_DISTANCE = "Use distance(column, vector)"
+
+
+def _check_start(sql: str, tokens: Sequence[Token]) -> None:
+    if not tokens:
+        raise QueryError("the query is empty")
+    first = tokens[0].text.upper()
+    if _STATEMENT.fullmatch(first):
+        raise _refusal(first)
+    if first not in _STARTS:
+        what = f"syntax error at {tokens[0].text!r}: a query starts with SELECT, FROM or WITH"
+        raise QueryError(what, where=_place(sql, tokens[0].start))
+    for token, following in itertools.pairwise(tokens):
+        if token.token_type == TokenType.SEMICOLON and following.token_type != TokenType.SEMICOLON:
+            raise QueryError("one statement at a time", where=_place(sql, following.start))
+
+
+def _refusal(kind: str) -> QueryError:
+    hint = "table.explain(sql) explains" if kind == "EXPLAIN" else "Queries read and never write; use SELECT"
+    return QueryError(f"{kind.upper()} is not allowed: only one SELECT is", next=hint)
+
+
+def _place(sql: str, offset: int) -> str:
+    before = sql[: max(offset, 0)]
+    return f"line {before.count(chr(10)) + 1}, column {len(before) - before.rfind(chr(10))}"
+
+
+def _syntax_error(sql: str, error: ParseError) -> QueryError:
+    first = error.errors[0] if error.errors else {}
+    line, end, word = first.get("line"), first.get("col"), str(first.get("highlight") or "")
+    if line is None or end is None:
+        return QueryError(f"syntax error: {str(error).splitlines()[0]}")
+    column = max(int(end) - len(word) + 1, 1)
+    text = str(first.get("description", ""))
+    text = "something is missing here" if text.startswith("Required keyword") else text.rstrip(".")
+    shown = sql.splitlines()[int(line) - 1][max(column - 40, 0) : column + 40].strip()
+    return QueryError(f"syntax error at {word!r}: {text}", where=f"line {line}, column {column}: {shown}")
+
+
+def _guard(tree: exp.Expr) -> None:
+    for node in tree.walk():
+        if isinstance(node, _REFUSED):
+            raise _refusal(type(node).__name__)
+        if isinstance(node, exp.Distance):
+            raise QueryError("the operator <-> is not known", next=_USE_DISTANCE)
+        if isinstance(node, exp.Table):
+            _guard_table(node)
+        elif isinstance(node, exp.Lateral) and isinstance(node.this, exp.Func):
+            _guard_table_function(node.this)
+        elif isinstance(node, exp.Func) and _REFUSED_FUNCTION.match(function_name(node)):
+            raise QueryError(f"the function {function_name(node)}() is not allowed in a query")
+
+
+def _guard_table(node: exp.Table) -> None:
+    if isinstance(node.this, exp.Func):
+        _guard_table_function(node.this)
+    elif not isinstance(node.this, exp.Identifier):
+        raise QueryError(f"{node.sql(DIALECT)} is not a table")
+    elif node.args.get("db") or node.args.get("catalog"):
+        raise QueryError(f"the table {node.sql(DIALECT)} is not known: tables have plain names here")
+    if node.args.get("version") or node.args.get("when"):
+        raise QueryError(
+            "versions cannot be named in SQL yet",
+            where=node.sql(DIALECT),
+            next="Open another version and pass it as a frame: sql(..., before=cj.open(path, version))",
+        )
+
+
+def _guard_table_function(node: exp.Expr) -> None:
+    name = function_name(node)
+    if name not in _TABLE_FUNCTIONS:
+        raise QueryError(
+            f"the table function {name}() is not allowed", next="Queries reach the table and the frames given, no file"
+        )
+
+
+def function_name(node: exp.Expr) -> str:
+    """The name as DuckDB would know it, in lower case."""
+    if isinstance(node, exp.Anonymous):
+        return str(node.this).lower()
+    if isinstance(node, exp.GenerateSeries):
+        return "range"
+    return node.sql_name().lower() if isinstance(node, exp.Func) else type(node).__name__.lower()

@@ -1,0 +1,195 @@
+"""From a resolved query to what is read from Lance: a scan per table, or the nearest candidates for a top-k.
+
+Assumes: whatever is read, DuckDB evaluates the whole query on it: filters that are pushed down are evaluated again,
+and ORDER BY and LIMIT see exact distances. So a plan decides speed, and a top-k plan must deliver enough candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+from sqlglot import exp
+
+from conjoin.pipeline.query.analysis import Analysis, Reference
+from conjoin.pipeline.query.filters import conjuncts, translate
+from conjoin.pipeline.query.functions import Measure, Rewritten
+from conjoin.pipeline.query.parse import DIALECT
+
+# A top-k beyond this is answered by a scan: candidates would be most of a table.
+LARGEST_K = 5_000
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """Nearest rows for one vector. need: LIMIT + OFFSET; ties: further sort keys follow the distance."""
+
+    measure: Measure
+    need: int
+    ties: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What one reference reads. filter: pushed into Lance; kept: conditions that only DuckDB evaluates, as text.
+
+    reason: why this is a top-k or an exact scan, in plain words.
+    """
+
+    reference: Reference
+    columns: tuple[str, ...]
+    filter: str | None
+    kept: tuple[str, ...]
+    top: TopK | None
+    reason: str
+
+
+def plan_reads(analysis: Analysis, rewritten: Rewritten) -> tuple[Read, ...]:
+    """One Read per table reference; frames are given whole."""
+    return tuple(_plan(analysis, rewritten, reference) for reference in analysis.references.values())
+
+
+def _plan(analysis: Analysis, rewritten: Rewritten, reference: Reference) -> Read:
+    columns = tuple(name for name in reference.relation.schema.names if name in reference.columns)
+    columns = columns or (_cheapest(reference.relation.schema),)
+    if reference.relation.dataset is None:
+        return Read(reference, columns, None, (), None, "a frame given by name")
+    pushed, kept = _split(analysis, reference)
+    text = " AND ".join(pushed) or None
+    top, reason = _top(rewritten, reference, kept)
+    return Read(reference, columns, text, tuple(node.sql(DIALECT)[:200] for node in kept), top, reason)
+
+
+def _cheapest(schema: pa.Schema) -> str:
+    """Something to count rows by."""
+    flat = [f for f in schema if not pa.types.is_nested(f.type) and not pa.types.is_binary(f.type)]
+    return flat[0].name if flat else schema.names[0]
+
+
+def _split(analysis: Analysis, reference: Reference) -> tuple[list[str], list[exp.Expr]]:
+    """The conjuncts of the reference's own WHERE: translated ones as Lance filters, and the others."""
+    select = reference.scope.expression
+    where = select.args.get("where") if isinstance(select, exp.Select) else None
+    parts = conjuncts(where.this if where else None)
+    if not parts or not _pushable(reference):
+        return [], parts
+
+    def resolve(column: exp.Column) -> tuple[str, pa.DataType] | None:
+        return _own_column(analysis, reference, column)
+
+    translated = [(part, translate(part, resolve)) for part in parts]
+    return [text for _, text in translated if text], [part for part, text in translated if not text]
+
+
+def _pushable(reference: Reference) -> bool:
+    """Whether a WHERE may be applied before the joins: not below an outer join's optional side, not below a sample."""
+    select = reference.scope.expression
+    if reference.node.args.get("sample") or select.args.get("sample") or reference.node.alias_column_names:
+        return False
+    joins = select.args.get("joins") or []
+    sides = {(join.side.upper(), join.method.upper()) for join in joins}
+    source = select.args.get("from_")
+    if source is not None and source.this is reference.node:
+        return sides <= {("", ""), ("LEFT", "")} and not reference.node.args.get("joins")
+    own = reference.node.parent
+    kinds = {join.kind.upper() for join in joins}
+    return (
+        isinstance(own, exp.Join) and own.parent is select and sides <= {("", "")} and kinds <= {"", "INNER", "CROSS"}
+    )
+
+
+def _own_column(analysis: Analysis, reference: Reference, column: exp.Column) -> tuple[str, pa.DataType] | None:
+    if len(column.parts) > 2 or analysis.scope_of_column.get(id(column)) is not reference.scope:
+        return None
+    name = reference.relation.column(column.name)
+    if name is None:
+        return None
+    if column.table:
+        mine = column.table.lower() == reference.alias.lower()
+    else:
+        others = [s for s in analysis.sources(reference.scope).values() if s is not reference]
+        mine = all(isinstance(s, Reference) and s.relation.column(column.name) is None for s in others)
+    return (name, reference.relation.dataset.schema.field(name).type) if mine and reference.relation.dataset else None
+
+
+def _top(rewritten: Rewritten, reference: Reference, kept: list[exp.Expr]) -> tuple[TopK | None, str]:
+    select = reference.scope.expression
+    if not isinstance(select, exp.Select):
+        return None, "not a plain SELECT"
+    obstacle = _obstacle(select, reference)
+    if obstacle:
+        return None, obstacle
+    measure = _first_key(select, rewritten)
+    if measure is None or measure.reference is not reference:
+        return None, "ORDER BY does not start with the distance to one vector"
+    if kept:
+        return None, f"only DuckDB can evaluate {kept[0].sql(DIALECT)[:80]}"
+    limit, offset = _count(select.args.get("limit")), _count(select.args.get("offset"), missing=0)
+    if limit is None or offset is None:
+        return None, "LIMIT is not a plain number"
+    if limit + offset > LARGEST_K:
+        return None, f"LIMIT + OFFSET is above {LARGEST_K}"
+    return TopK(measure, limit + offset, len(select.args["order"].expressions) > 1), "nearest rows first, with a LIMIT"
+
+
+_CLAUSES = {
+    "joins": "tables are joined",
+    "laterals": "tables are joined",
+    "group": "rows are grouped",
+    "having": "rows are grouped",
+    "distinct": "DISTINCT",
+    "qualify": "QUALIFY",
+    "windows": "window functions",
+    "sample": "a sample is drawn",
+    "pivots": "PIVOT",
+}
+
+
+def _obstacle(select: exp.Select, reference: Reference) -> str:
+    """Why the nearest rows alone cannot answer this SELECT; empty if they can."""
+    for clause, words in _CLAUSES.items():
+        if select.args.get(clause) or reference.node.args.get(clause):
+            return words
+    source = select.args.get("from_")
+    if source is None or source.this is not reference.node or reference.node.alias_column_names:
+        return "more than one plain table"
+    if not select.args.get("order") or not select.args.get("limit"):
+        return "no ORDER BY with LIMIT"
+    for node in select.walk(prune=lambda node: isinstance(node, exp.With)):
+        if isinstance(node, exp.AggFunc | exp.Window | exp.Unnest | exp.Explode | exp.Columns):
+            return f"{type(node).__name__.lower()} needs every row"
+        if isinstance(node, exp.Subquery | exp.Query) and node is not select:
+            return "a subquery"
+        if isinstance(node, exp.Anonymous) and node.name.lower() != "array_cosine_distance":
+            return f"{node.name}() may need every row"
+    return ""
+
+
+def _first_key(select: exp.Select, rewritten: Rewritten) -> Measure | None:
+    """The measure that sorts first, nearest first; through an alias or a position as well."""
+    key = select.args["order"].expressions[0]
+    if not isinstance(key, exp.Ordered) or key.args.get("nulls_first") or key.args.get("with_fill"):
+        return None
+    node = key.this.unnest()
+    if isinstance(node, exp.Literal) and not node.is_string and node.this.isdigit():
+        position = int(node.this) - 1
+        starred = any(output.is_star for output in select.expressions[: position + 1])
+        node = select.expressions[position].unalias() if not starred and position < len(select.expressions) else node
+    elif isinstance(node, exp.Column) and not node.table:
+        named = [o for o in select.expressions if isinstance(o, exp.Alias) and o.alias.lower() == node.name.lower()]
+        node = named[0].this if len(named) == 1 else node
+    measure = rewritten.measures.get(id(node.unnest()))
+    if measure is None or bool(key.args.get("desc")) != measure.similarity:
+        return None
+    return measure
+
+
+def _count(node: exp.Expr | None, *, missing: int | None = None) -> int | None:
+    """The number of a LIMIT or OFFSET, None if it is a percentage or an expression."""
+    if node is None:
+        return missing
+    value = node.expression
+    options = node.args.get("limit_options")
+    if options is not None or not isinstance(value, exp.Literal) or value.is_string or not value.this.isdigit():
+        return None
+    return int(value.this)

@@ -1,0 +1,246 @@
+"""A published table that answers SQL and plain searches.
+
+Assumes: every query is answered from one version of the table, the one that its tag names when the query starts.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+from sqlglot import exp
+
+from conjoin.pipeline import store
+from conjoin.pipeline.errors import QueryError, TableError
+from conjoin.pipeline.index import Setting, settings
+from conjoin.pipeline.query.analysis import analyse
+from conjoin.pipeline.query.execute import Engine
+from conjoin.pipeline.query.functions import Rewritten, rewrite
+from conjoin.pipeline.query.parameters import Params, bind
+from conjoin.pipeline.query.parse import DIALECT, parse, parse_condition
+from conjoin.pipeline.query.planner import Read, plan_reads
+from conjoin.pipeline.query.relations import Relation, frame_relation, nearest_name, table_relation
+from conjoin.pipeline.query.result import Result
+from conjoin.pipeline.query.search import Choice, candidates, choose, scan
+from conjoin.pipeline.query.vectors import QueryVectors
+
+if TYPE_CHECKING:
+    import lance
+    import numpy as np
+
+_SEARCHED = ("image", "text", "audio")  # whose vectors a search looks at, unless told: the first that the table has
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A checked query. sql: what DuckDB runs; parameters: lists and bytes that are not query vectors."""
+
+    sql: str
+    parameters: Mapping[str, object]
+    reads: tuple[Read, ...]
+    rewritten: Rewritten
+    versions: Mapping[str, int]
+
+
+class Table:
+    """A Lance table at a tag or version. Safe to share between threads."""
+
+    def __init__(self, uri: str, version: str | int | None = store.LIVE, name: str | None = None) -> None:
+        """name: what SQL calls it; default: the file's name. Raises TableError if it cannot be opened."""
+        self.uri = uri.rstrip("/")
+        self.name = name or posixpath.basename(self.uri).removesuffix(".lance")
+        self._wanted = version
+        self._lock = threading.Lock()
+        self._engine, self._vectors = Engine(), QueryVectors()
+        self._settings: tuple[tuple[str, int], Mapping[str, Setting]] | None = None
+        self._dataset: lance.LanceDataset = store.open_version(self.uri, version)
+
+    @property
+    def version(self) -> int:
+        """The version that a query would read now."""
+        return int(self._current().version)
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self._current().schema
+
+    def sql(self, query: str, params: Params = None, **frames: object) -> Result:
+        """Answer one SELECT. frames: further tables by name (Arrow, pandas, polars, list of dicts, or another Table).
+
+        params: values for `?` in order, or for `$name` by name. Raises QueryError, or EncoderError for text() and
+        the like whose encoder cannot be loaded.
+        """
+        return self._answer(parse(query), params, frames)
+
+    def explain(self, query: str, params: Params = None, **frames: object) -> str:
+        """How a query would be answered, in plain words, without answering it."""
+        prepared = self._prepare(parse(query), params, frames)
+        return "\n".join(_explain(read, self._choose(read), prepared.versions) for read in prepared.reads)
+
+    def search(
+        self,
+        words: str | None = None,
+        *,
+        image: str | bytes | None = None,
+        audio: str | bytes | None = None,
+        column: str | None = None,
+        where: str | None = None,
+        k: int = 10,
+    ) -> Result:
+        """The k rows nearest to words, a picture or a sound, with their `distance`; `where` is a SQL condition.
+
+        column: the vector column to search; default: the pictures', else the texts'.
+        """
+        given = {
+            kind: value for kind, value in (("text", words), ("image", image), ("audio", audio)) if value is not None
+        }
+        if len(given) != 1:
+            raise QueryError("search for words, an image or an audio: exactly one of them")
+        if k < 0:
+            raise QueryError(f"k is a number of rows, not {k}")
+        kind, value = next(iter(given.items()))
+        select = self._search_query(self._search_column(column), kind, k)
+        if where:
+            select = select.where(parse_condition(where))
+        return self._answer(select, {"query": value}, {})
+
+    def _search_query(self, column: str, kind: str, k: int) -> exp.Select:
+        hidden = {name for name in self.schema.names if name.endswith(("_vec", "_hash"))} | set(
+            self._relation().vectors
+        )
+        shown = [exp.column(name, quoted=True) for name in self.schema.names if name not in hidden]
+        vector = exp.Anonymous(this=kind, expressions=[exp.Placeholder(this="query")])
+        distance = exp.Anonymous(this="distance", expressions=[exp.column(column, quoted=True), vector])
+        measured = exp.alias_(distance, "distance", quoted=True)
+        table = exp.to_identifier(self.name, quoted=True)
+        return exp.select(*shown, measured).from_(exp.Table(this=table)).order_by(distance.copy()).limit(k)
+
+    def _search_column(self, wanted: str | None) -> str:
+        vectors = self._relation().vectors
+        if wanted is not None:
+            if wanted not in vectors:
+                raise QueryError(f"there is no vector column {wanted!r}{nearest_name(wanted, vectors)}", where=self.uri)
+            return wanted
+        by_modality = {vector.modality: name for name, vector in vectors.items()}
+        found = next((by_modality[modality] for modality in _SEARCHED if modality in by_modality), None)
+        if found is None:
+            raise QueryError("the table has no vector column that conjoin made", where=self.uri)
+        return found
+
+    def _answer(self, tree: exp.Query, params: Params, frames: Mapping[str, object]) -> Result:
+        prepared = self._prepare(tree, params, frames)
+        vectors = {wanted.name: self._vectors.make(wanted) for wanted in prepared.rewritten.wanted}
+        sources = {read.reference.name: self._source(read, vectors) for read in prepared.reads}
+        values = {name: vector.tolist() for name, vector in vectors.items()}
+        return Result(self._engine.run(prepared.sql, {**prepared.parameters, **values}, sources), prepared.versions)
+
+    def _prepare(self, tree: exp.Query, params: Params, frames: Mapping[str, object]) -> _Prepared:
+        relations = self._relations(frames)
+        bound = bind(tree, params)
+        analysis = analyse(tree, relations)
+        rewritten = rewrite(analysis, bound)
+        reads = plan_reads(analysis, rewritten)
+        for read in reads:
+            node, alias = read.reference.node, exp.to_identifier(read.reference.alias, quoted=True)
+            node.set("this", exp.to_identifier(read.reference.name, quoted=True))
+            if not node.alias:
+                node.set("alias", exp.TableAlias(this=alias))
+        sql = tree.sql(DIALECT, copy=False)
+        zeros = {wanted.name: [0.0] * wanted.column.dim for wanted in rewritten.wanted}
+        self._engine.check(sql, {**bound, **zeros}, {r.reference.name: r.reference.relation.schema for r in reads})
+        pinned = {r.reference.relation.name: r.reference.relation.dataset for r in reads}
+        versions = {name: int(dataset.version) for name, dataset in pinned.items() if dataset is not None}
+        return _Prepared(sql, bound, reads, rewritten, versions)
+
+    def _relations(self, frames: Mapping[str, object]) -> dict[str, Relation]:
+        found = {self.name.lower(): self._relation()}
+        for name, value in frames.items():
+            if name.lower() in found:
+                raise QueryError(
+                    f"the name {name!r} is taken by the table itself", next="Pass the frame by another name"
+                )
+            found[name.lower()] = value._relation(name) if isinstance(value, Table) else frame_relation(name, value)
+        return found
+
+    def _relation(self, name: str | None = None) -> Relation:
+        return table_relation(name or self.name, self.uri, self._current())
+
+    def _current(self) -> lance.LanceDataset:
+        """The pinned version's handle; a fresh one when the tag has moved, since a handle never follows it."""
+        with self._lock:
+            if not self._is_current():
+                self._dataset = store.open_version(self.uri, self._wanted)
+            return self._dataset
+
+    def _is_current(self) -> bool:
+        if self._wanted is None:
+            return bool(self._dataset.latest_version == self._dataset.version)
+        if isinstance(self._wanted, int):
+            return True
+        tag = self._dataset.tags.list().get(self._wanted)
+        return tag is not None and tag["version"] == self._dataset.version
+
+    def _choose(self, read: Read) -> Choice | None:
+        relation = read.reference.relation
+        if relation.dataset is None:
+            return None
+        return choose(read, self._index_settings(relation) if read.top else {})
+
+    def _index_settings(self, relation: Relation) -> Mapping[str, Setting]:
+        assert relation.dataset is not None
+        key = (relation.uri, int(relation.dataset.version))
+        with self._lock:
+            if self._settings is None or self._settings[0] != key:
+                self._settings = (key, settings(relation.uri, relation.dataset))
+            return self._settings[1]
+
+    def _source(self, read: Read, vectors: Mapping[str, np.ndarray]) -> object:
+        choice = self._choose(read)
+        if choice is None or choice.way == "scan" or read.top is None:
+            return scan(read)
+        found = candidates(read, choice, vectors[read.top.measure.wanted.name])
+        return scan(read) if found is None else found
+
+
+def _explain(read: Read, choice: Choice | None, versions: Mapping[str, int]) -> str:
+    relation = read.reference.relation
+    if choice is None:
+        return f"{relation.name}: {read.reason}, {len(read.columns)} columns"
+    ways = {
+        "scan": f"exact scan ({read.reason})",
+        "exact": f"exact nearest-neighbour search, {choice.fetch} candidates ({read.reason}; no index in use)",
+        "index": f"index search, {choice.fetch} candidates from {choice.nprobes} partitions ({read.reason})",
+    }
+    parts = [
+        f"{relation.name} version {versions[relation.name]}: {ways[choice.way]}",
+        f"columns {', '.join(read.columns)}",
+    ]
+    parts += [f"filter in Lance: {read.filter}"] if read.filter else []
+    parts += [f"filter in DuckDB: {' AND '.join(read.kept)}"] if read.kept else []
+    return "\n  ".join(parts)
+
+
+def open_table(path: str, version: str | int | None = store.LIVE, name: str | None = None) -> Table:
+    """A table for queries: its path (local or s3://), or a directory that holds exactly one table.
+
+    version: a tag (`live`, `previous`), a number, or None for the newest, published or not.
+    Raises TableError if there is no such table or version.
+    """
+    uri = str(path).rstrip("/")
+    return Table(uri if uri.endswith(".lance") else _only_table(uri), version, name)
+
+
+def _only_table(directory: str) -> str:
+    from conjoin.pipeline import storage
+
+    filesystem, root = storage.filesystem(directory)
+    found = filesystem.ls(root, detail=False) if filesystem.isdir(root) else []
+    names = sorted(n for n in map(posixpath.basename, found) if n.endswith(".lance") and "__quarantine" not in n)
+    if len(names) != 1:
+        what = f"{len(names)} tables here ({', '.join(names[:5])})" if names else "no table here"
+        raise TableError(what, where=directory, next="Give the path of one table: <directory>/<name>.lance")
+    return storage.join(directory, names[0])
