@@ -89,7 +89,10 @@ def _own_output(output: Any) -> torch.Tensor:
 def locate(name: str) -> str:
     """`package:NAME`, a directory or a hub name, to what from_pretrained takes. Raises ValueError with what to do."""
     if not name.startswith("package:"):
-        return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+        path = Path(name).expanduser()
+        if not path.is_dir() and name.startswith((".", "/", "~")):
+            raise ValueError(f"{name}: no such directory; it should hold config.json and model.safetensors")
+        return str(path) if path.is_dir() else name
     package = name.removeprefix("package:")
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:

@@ -1,141 +1,70 @@
-"""What one rank computes of each step: cached features or decoded values of its rows, by modality.
+"""Values in, batches out: longest first, each under a budget of padded tokens, pixels or samples.
 
-Assumes: pipeline/order.py decided which rows make a step; here they are only read. What is drawn at random for a row
-(an item of a list, an augmentation) depends on (seed, epoch, row) alone.
+Assumes: batches depend on the values and the budget alone, so that the same list always makes the same batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
-
-from conjoin.pipeline.features import reading_units
-from conjoin.pipeline.order import Order, share
-from conjoin.pipeline.selection import Positions, Selection
 
 if TYPE_CHECKING:
-    from conjoin.encoders.spec import TowerSpec
-    from conjoin.pipeline.source import SourceConfig
+    import torch
 
-Values = list["str | NDArray[np.generic]"]
+    from conjoin.encoders.towers import Tower
 
-
-@dataclass(frozen=True, slots=True)
-class Raw:
-    """A tower that is trained whole: its values are read and decoded each epoch."""
-
-    modality: str
-    spec: TowerSpec
+# Per batch, by kind of tower. A GPU wants many times more than a CPU; its out-of-memory is met by halving.
+CPU_BUDGET = {"text": 8_192, "image": 32 * 128**2, "audio": 16 * 16_000 * 10}
+GPU_BUDGET = {"text": 131_072, "image": 256 * 224**2, "audio": 128 * 16_000 * 10}
+MAX_ROWS = 4_096
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
-    """values[i] belongs to the i-th true entry of present, over a rank's rows of one step."""
+class Batch:
+    """rows: positions of its values in the list; inputs: what the tower takes, on the CPU."""
 
-    values: Values
-    present: NDArray[np.bool_]
+    rows: np.ndarray
+    inputs: dict[str, torch.Tensor]
 
-
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """Reads and decodes the rows of a rank; `augment` only while training."""
-
-    source: SourceConfig
-    rows: Selection
-    raws: tuple[Raw, ...]
-    seed: int
-    augment: bool
-
-    def read(self, positions: Positions, epoch: int) -> dict[str, Decoded]:
-        """The values of these rows, in this order."""
-        from conjoin.pipeline.decode import decode
-        from conjoin.pipeline.source import columns_of, python_values, read_rows, values_of
-
-        values: dict[str, list[object]] = {raw.modality: [None] * len(positions) for raw in self.raws}
-        columns = list(dict.fromkeys(c for raw in self.raws for c in columns_of(self.source, raw.modality)))
-        place = {int(position): number for number, position in enumerate(positions)}
-        for unit in reading_units(self.rows, positions):
-            table = read_rows(
-                self.source, str(unit["file"]), int(str(unit["row_group"])), columns, np.array(unit["rows"])
-            )
-            for raw in self.raws:
-                found = python_values(values_of(self.source, table, raw.modality))
-                for position, value in zip(np.array(unit["position"]), found, strict=True):
-                    values[raw.modality][place[int(position)]] = self._one(value, epoch, int(position))
-        done = {}
-        for raw in self.raws:
-            decoded = decode(raw.spec, values[raw.modality])
-            present = np.zeros(len(positions), dtype=bool)
-            present[decoded.owners] = True
-            kept = [
-                self._augmented(v, epoch, int(positions[o]))
-                for v, o in zip(decoded.values, decoded.owners, strict=True)
-            ]
-            done[raw.modality] = Decoded(kept, present)
-        return done
-
-    def _one(self, value: object, epoch: int, position: int) -> object:
-        """One item of a list per epoch while training; what embedding takes of it otherwise."""
-        if isinstance(value, list) and value and self.augment:
-            return value[int(np.random.default_rng([self.seed, epoch, position, 0]).integers(len(value)))]
-        return value
-
-    def _augmented(self, value: object, epoch: int, position: int) -> str | NDArray[np.generic]:
-        from conjoin.encoders.transforms import augment_image
-
-        if self.augment and isinstance(value, np.ndarray) and value.ndim == 3:
-            return augment_image(value, np.random.default_rng([self.seed, epoch, position, 1]))
-        return value  # type: ignore[return-value]  # decode gives str or an array
+    def halves(self) -> tuple[Batch, Batch]:
+        middle = len(self.rows) // 2
+        first = Batch(self.rows[:middle], {name: tensor[:middle] for name, tensor in self.inputs.items()})
+        return first, Batch(self.rows[middle:], {name: tensor[middle:] for name, tensor in self.inputs.items()})
 
 
-def stream(
-    reader: Reader, order: Order, first_step: int, last_step: int, place: tuple[int, int]
-) -> Iterator[dict[str, Decoded]]:
-    """This rank's decoded share of steps first_step .. last_step - 1, read ahead by tasks of this rank's own Ray Data
-    stream; place: (rank, world)."""
-    import ray.data
-
-    items = [{"epoch": epoch, "rows": rows} for epoch, rows in rank_steps(order, first_step, last_step, place)]
-    if not items:
+def batches(tower: Tower, values: Sequence[str | np.ndarray], budget: int) -> Iterator[Batch]:
+    """Every value in exactly one batch. budget: padded tokens, pixels or samples of a batch, by the tower's kind."""
+    if tower.spec.kind == "text":
+        yield from _of_texts(tower, values, budget)
         return
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _read_step, fn_kwargs={"reader": reader}, batch_size=1, num_cpus=1
-    )
-    for batch in dataset.iter_batches(batch_size=1, prefetch_batches=2):
-        yield unpack(batch, reader.raws)
+    lengths = np.array([tower.length(value) for value in values], dtype=np.int64)
+    for rows in cut(lengths, budget):
+        yield Batch(rows, tower.collate([values[row] for row in rows]))
 
 
-def rank_steps(
-    order: Order, first_step: int, last_step: int, place: tuple[int, int]
-) -> Iterator[tuple[int, Positions]]:
-    """(epoch, this rank's rows) of each step."""
-    step = first_step
-    while step < last_step:
-        epoch, inside = divmod(step, order.steps_per_epoch)
-        for rows in order.steps(epoch, inside):
-            if step >= last_step:
-                return
-            yield epoch, share(rows, *place)
-            step += 1
+def cut(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Positions, longest first (ties in order), cut where rows x longest would exceed the budget; never empty."""
+    order = np.argsort(-lengths, kind="stable")
+    found, start = [], 0
+    while start < len(order):
+        longest = max(1, int(lengths[order[start]]))
+        stop = start + min(MAX_ROWS, max(1, budget // longest))
+        found.append(order[start:stop])
+        start = stop
+    return found
 
 
-def _read_step(batch: Mapping[str, NDArray[np.generic]], reader: Reader) -> dict[str, list[object]]:
-    import pickle
-
-    done = reader.read(np.array(batch["rows"][0], dtype=np.int64), int(batch["epoch"][0]))
-    return {"decoded": [pickle.dumps(done, protocol=5)]}
-
-
-def unpack(batch: Mapping[str, NDArray[np.generic]], raws: tuple[Raw, ...]) -> dict[str, Decoded]:
-    """The decoded values of one step out of Ray's block."""
-    import pickle
-
-    done: dict[str, Decoded] = pickle.loads(batch["decoded"][0])  # noqa: S301  # from our own task, over Ray
-    return {raw.modality: done[raw.modality] for raw in raws}
+def _of_texts(tower: Tower, texts: Sequence[str | np.ndarray], budget: int) -> Iterator[Batch]:
+    """Tokenised once, in windows of like numbers of characters; the exact lengths then come with the tokens."""
+    characters = np.array([len(text) for text in texts], dtype=np.int64)
+    by_size = np.argsort(-characters, kind="stable")
+    for start in range(0, len(texts), MAX_ROWS):
+        window = by_size[start : start + MAX_ROWS]
+        inputs = tower.collate([texts[row] for row in window])
+        mask_BL = inputs["attention_mask"]
+        for rows in cut(mask_BL.sum(1).numpy(), budget):
+            used_L = mask_BL[rows].any(0)
+            yield Batch(window[rows], {name: tensor[rows][:, used_L] for name, tensor in inputs.items()})

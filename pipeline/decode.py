@@ -91,9 +91,9 @@ class _Unknown:
 def decode(tower: TowerSpec, values: Sequence[object], *, thumbnail_px: int = 0, threads: int = 0) -> Decoded:
     """Decode one modality's values: None, bytes, str (a text, or a URI), or lists of these.
 
-    thumbnail_px: long side of the WebP thumbnails of pictures (at most: they are made of the decoded picture, which of a
-    large JPEG is twice the tower's size); 0 makes none. threads: 0 takes the CPUs of this process.
-    Everything is kept in memory: give a few hundred pictures at a time (see Embedder.chunk).
+    thumbnail_px: long side of the WebP thumbnails of pictures, 0 for none; they are made of the decoded picture, which
+    of a large JPEG is twice the tower's size, so they may be smaller. threads: 0 takes the CPUs of this process.
+    Everything is kept in memory: give Embedder.chunk inputs at a time.
     """
     lists = [_items(tower, value) for value in values]
     unique = list({item: None for items in lists for item in items})

@@ -1,260 +1,301 @@
-"""One process's encoder: values in, unit vectors and bad values out; the same inputs give the same vectors.
+"""An encoder at work in one process: values or decoded values in, unit vectors out; nothing here knows Ray.
 
-Assumes: decoding is decode.py's matter; batches are formed from the inputs alone (sorted by length, under a budget), so
-that a vector does not depend on who embeds it or when.
+Assumes: a value's vector depends on the value and the encoder alone, up to rounding: neither its neighbours in the
+list nor the size of the batches change it; the same list on the same machine gives the same bits.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from conjoin.encoders.spec import AudioTransform, EncoderSpec, ImageTransform, TextTransform
+from conjoin.encoders.spec import AudioTransform, EncoderSpec, ImageTransform, TowerSpec
 from conjoin.pipeline import storage
+from conjoin.pipeline.batches import CPU_BUDGET, GPU_BUDGET, Batch, batches
 from conjoin.pipeline.decode import Bad, Decoded, decode
-from conjoin.pipeline.errors import EncoderError, StorageError
+from conjoin.pipeline.errors import BadRecord, EncoderError, StorageError
 
 if TYPE_CHECKING:
     import torch
 
     from conjoin.encoders.joint import JointEncoder
-    from conjoin.encoders.spec import TowerSpec
-    from conjoin.encoders.towers import Inputs
 
 Precision = Literal["auto", "float32", "bf16"]
-_T = TypeVar("_T")
-# What one forward pass takes, by kind: tokens, pixels, samples. A GPU takes sixteen times as much.
-_BUDGET = {"text": 8_192, "image": 1 << 20, "audio": 1 << 20}
-_GPU_FACTOR = 16
-_CHARS_PER_TOKEN = 3
-_DECODED_AT_ONCE = {"text": 100_000, "image": 512, "audio": 256}
+
+_TEXT_CHUNK = 65_536
+_CHUNK_BYTES = 64 << 20
+_UNIT_TOLERANCE = 1e-3
+_NO_FOLDER = "Train one with `conjoin train`, or correct `encoder` in the run file"
 
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """vectors: (N, D) float32, unit length, zero rows where there is none; present: (N,) bool."""
+    """vectors: (N, D) float32 of unit length, zero where not `present`; bad: why, for those that are not null."""
 
-    vectors: NDArray[np.float32]
-    present: NDArray[np.bool_]
+    vectors: np.ndarray
+    present: np.ndarray
     bad: tuple[Bad, ...]
     thumbnails: list[bytes | None]
 
 
 class Embedder:
-    """An encoder in evaluation mode on one device."""
+    """Turns values of any of the encoder's modalities into vectors.
 
-    def __init__(
-        self, encoder: JointEncoder, fingerprint: str, device: str = "auto", precision: Precision = "auto"
-    ) -> None:
+    device: auto (a GPU if there is one), cpu, cuda, cuda:1 ... precision: auto is bf16 on a GPU, float32 elsewhere.
+    """
+
+    def __init__(self, encoder: JointEncoder, *, device: str = "auto", precision: Precision = "auto") -> None:
         import torch
 
-        name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        self.device = torch.device(name)
+        from conjoin.encoders.checkpoint import fingerprint
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.precision = precision if precision != "auto" else ("float32" if self.device.type == "cpu" else "bf16")
+        self.fingerprint = fingerprint(encoder)
         self.encoder = encoder.to(self.device).eval()
-        self.fingerprint = fingerprint
-        self.precision = ("bf16" if self.device.type == "cuda" else "float32") if precision == "auto" else precision
 
     @property
     def spec(self) -> EncoderSpec:
         return self.encoder.spec
 
+    def chunk(self, modality: str) -> int:
+        """How many inputs `embed` decodes at a time: texts by the ten thousand, pictures and sounds by memory."""
+        return chunk_size(self._tower_spec(modality))
+
+    def encode(self, **values: Sequence[object]) -> np.ndarray:
+        """Vectors (N, D) of one modality's values: encode(text=["red apple"]), encode(image=["a.jpg", data]).
+
+        Raises BadRecord naming the first value that cannot be embedded; a null is one.
+        """
+        if len(values) != 1:
+            raise EncoderError("encode takes exactly one modality", next="For example encode(text=['red apple'])")
+        modality, items = next(iter(values.items()))
+        found = self.embed(modality, items)
+        for bad in found.bad:
+            raise BadRecord(f"{modality} {bad.position} cannot be embedded ({bad.stage}): {bad.reason}")
+        if not found.present.all():
+            raise BadRecord(f"{modality} {int(np.argmin(found.present))} is null")
+        return found.vectors
+
     def embed(self, modality: str, values: Sequence[object], *, thumbnail_px: int = 0) -> Embedded:
-        """None, bytes, str, or lists of these, as the source gives them; decoded and embedded in bounded memory."""
-        tower = self._tower(modality)
-        step = _DECODED_AT_ONCE[tower.kind]
+        """Decode and embed values (None, bytes, str, lists of these) in chunks that bound memory; equal ones once."""
+        tower = self._tower_spec(modality)
+        firsts, inverse = _distinct(values)
         parts = []
-        for start in range(0, len(values), step):
-            piece = values[start : start + step]
-            decoded = decode(tower, piece, thumbnail_px=thumbnail_px)
-            parts.append(self.embed_decoded(modality, decoded, len(piece)))
-        if len(parts) == 1:
-            return parts[0]
-        bad = [
-            Bad(item.position + number * step, item.modality, item.stage, item.reason)
-            for number, part in enumerate(parts)
-            for item in part.bad
-        ]
-        return Embedded(
-            np.concatenate([part.vectors for part in parts] or [np.zeros((0, self.spec.dim), np.float32)]),
-            np.concatenate([part.present for part in parts] or [np.zeros(0, bool)]),
-            tuple(bad),
-            [thumbnail for part in parts for thumbnail in part.thumbnails],
+        for start in range(0, len(firsts), step := chunk_size(tower)):
+            some = [values[position] for position in firsts[start : start + step]]
+            parts.append(self.embed_decoded(modality, decode(tower, some, thumbnail_px=thumbnail_px), len(some)))
+        vectors = np.concatenate([np.zeros((0, self.spec.dim), np.float32), *(part.vectors for part in parts)])
+        present = np.concatenate([np.zeros(0, bool), *(part.present for part in parts)])
+        starts = np.cumsum([0, *(len(part.present) for part in parts)])
+        found = {start + bad.position: bad for start, part in zip(starts, parts, strict=False) for bad in part.bad}
+        bad = tuple(
+            Bad(position, modality, found[at].stage, found[at].reason)
+            for position, at in enumerate(inverse.tolist())
+            if at in found
         )
+        thumbnails = [thumbnail for part in parts for thumbnail in part.thumbnails]
+        return Embedded(vectors[inverse], present[inverse], bad, [thumbnails[at] for at in inverse])
 
     def embed_decoded(self, modality: str, decoded: Decoded, num_inputs: int) -> Embedded:
-        """Decoded values of `num_inputs` inputs; NaN and zero vectors become Bad at stage `embed`."""
-        found, bad = self._run(modality, decoded, lambda inputs: self.encoder.encode(modality, inputs), self.spec.dim)
-        vectors, present = _by_owner(found, decoded, num_inputs, {item.position for item in bad})
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        vectors = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
-        return Embedded(vectors, present, (*decoded.bad, *bad), decoded.thumbnails)
+        """Vectors of `num_inputs` inputs from their decoded values; equal contents are embedded once.
 
-    def features(
-        self, modality: str, decoded: Decoded, num_inputs: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Pooled backbone outputs (N, W) float32, zero rows where there is none, and which rows are present (N,)."""
-        width = self._tower(modality).width
-        found, bad = self._run(modality, decoded, lambda inputs: self.encoder.features(modality, inputs), width)
-        return _by_owner(found, decoded, num_inputs, {item.position for item in bad})
+        Several values of one input give the renormalised mean of their vectors. A vector that is not finite or has no
+        direction makes its input bad.
+        """
+        firsts, inverse = _distinct(decoded.values)
+        unique_VD, failed = self._run(modality, [decoded.values[first] for first in firsts], "encode", self.spec.dim)
+        norms_V = np.linalg.norm(unique_VD, axis=1)
+        for position in np.flatnonzero(~(np.abs(norms_V - 1) < _UNIT_TOLERANCE)):
+            is_zero = norms_V[position] == 0
+            failed.setdefault(int(position), "the encoder gave a zero vector" if is_zero else "the encoder gave NaN")
+        vectors, owners = np.zeros((num_inputs, self.spec.dim), np.float32), decoded.owners
+        counts = np.bincount(owners, minlength=num_inputs)
+        single = counts[owners] == 1
+        vectors[owners[single]] = unique_VD[inverse[single]]
+        reasons = {int(owners[at]): failed[int(i)] for at, i in enumerate(inverse) if int(i) in failed}
+        for owner in np.flatnonzero(counts > 1):
+            mean_D = unique_VD[inverse[owners == owner]].mean(axis=0)
+            norm = float(np.linalg.norm(mean_D))
+            if norm < _UNIT_TOLERANCE:
+                reasons.setdefault(int(owner), "the vectors of the list cancel out")
+            vectors[owner] = mean_D / max(norm, _UNIT_TOLERANCE)
+        vectors[list(reasons)] = 0
+        present = counts > 0
+        present[list(reasons)] = False
+        bad = [*decoded.bad, *(Bad(owner, modality, "embed", reason) for owner, reason in reasons.items())]
+        bad.sort(key=lambda item: item.position)
+        return Embedded(vectors, present, tuple(bad), decoded.thumbnails)
 
-    def _tower(self, modality: str) -> TowerSpec:
+    def features(self, modality: str, decoded: Decoded) -> np.ndarray:
+        """The frozen backbone's output (V, W) float32, one row per decoded value; NaN where it failed."""
+        firsts, inverse = _distinct(decoded.values)
+        width = self._tower_spec(modality).width
+        features_VW, failed = self._run(modality, [decoded.values[first] for first in firsts], "features", width)
+        features_VW[list(failed)] = np.nan
+        return features_VW[inverse]
+
+    def _tower_spec(self, modality: str) -> TowerSpec:
         if modality not in self.spec.towers:
             has = ", ".join(self.spec.towers)
-            raise EncoderError(f"the encoder has no {modality} tower", next=f"It embeds {has}")
+            raise EncoderError(f"the encoder has no {modality} tower; it has {has}", where=self.fingerprint)
         return self.spec.towers[modality]
 
     def _run(
-        self, modality: str, decoded: Decoded, forward: Callable[[Inputs], torch.Tensor], width: int
-    ) -> tuple[NDArray[np.float32], list[Bad]]:
-        """One output row per decoded value; equal values (the same object, or equal text) are computed once."""
-        keys = [value if isinstance(value, str) else id(value) for value in decoded.values]
-        first: dict[object, int] = {}
-        place = np.array([first.setdefault(key, number) for number, key in enumerate(keys)], dtype=np.int64)
-        out = np.zeros((len(keys), width), np.float32)
-        reasons: dict[int, str] = {}
-        for batch in self._batches(
-            modality, [decoded.values[number] for number in first.values()], list(first.values())
-        ):
-            self._forward(modality, batch, decoded, forward, out, reasons)
-        wrong = ~np.isfinite(out).all(1) | (np.abs(out).max(1, initial=0) == 0)
-        for number in np.flatnonzero(wrong & (place == np.arange(len(place)))).tolist():
-            reasons.setdefault(number, "the encoder gave NaN, infinity or a zero vector")
-        bad: dict[int, Bad] = {}
-        for number, (source, owner) in enumerate(zip(place.tolist(), decoded.owners.tolist(), strict=True)):
-            if source in reasons:
-                out[number] = 0
-                bad.setdefault(owner, Bad(owner, modality, "embed", reasons[source]))
-        return out[place], list(bad.values())
-
-    def _batches(self, modality: str, values: Sequence[object], numbers: Sequence[int]) -> Iterator[list[int]]:
-        """Sorted by length, as many as the budget allows; a pure function of the values."""
-        transform = self._tower(modality).transform
-        sizes = np.array([_size(transform, value) for value in values], dtype=np.int64)
-        budget = _BUDGET[self._tower(modality).kind] * (_GPU_FACTOR if self.device.type == "cuda" else 1)
-        batch: list[int] = []
-        for index in np.argsort(sizes, kind="stable").tolist():
-            if batch and (len(batch) + 1) * sizes[index] > budget:
-                yield batch
-                batch = []
-            batch.append(numbers[index])
-        if batch:
-            yield batch
-
-    def _forward(
-        self,
-        modality: str,
-        batch: list[int],
-        decoded: Decoded,
-        forward: Callable[[Inputs], torch.Tensor],
-        out: NDArray[np.float32],
-        reasons: dict[int, str],
-    ) -> None:
+        self, modality: str, values: Sequence[str | np.ndarray], method: Literal["encode", "features"], width: int
+    ) -> tuple[np.ndarray, dict[int, str]]:
+        """encoder.method(modality, inputs) over all values: (V, width) float32, and the reasons of rows that failed."""
         import torch
 
-        inputs = self.encoder.collate(modality, [decoded.values[number] for number in batch])
-        try:
-            with torch.inference_mode(), self._autocast():
-                moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
-                out[batch] = forward(moved).float().cpu().numpy()
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            if len(batch) == 1:
-                reasons[batch[0]] = "does not fit into the device's memory"
-                return
-            for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-                self._forward(modality, half, decoded, forward, out, reasons)
+        function = partial(getattr(self.encoder, method), modality)
+        kind = self._tower_spec(modality).kind
+        budget = (CPU_BUDGET if self.device.type == "cpu" else GPU_BUDGET)[kind]
+        found: list[tuple[np.ndarray, torch.Tensor]] = []
+        failed: dict[int, str] = {}
+        with torch.inference_mode(), self._autocast():
+            for batch in batches(self.encoder.tower(modality), values, budget):
+                # Results stay on the device: a copy per batch would make it wait for the CPU's next one.
+                found += self._fitting(batch, function, failed)
+        result = np.zeros((len(values), width), np.float32)
+        for rows, output in found:
+            result[rows] = output.float().cpu().numpy()
+        return result, failed
 
-    def _autocast(self) -> AbstractContextManager[object]:
+    def _fitting(
+        self, batch: Batch, function: Callable[[dict[str, torch.Tensor]], torch.Tensor], failed: dict[int, str]
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """The batch's output; if memory runs out, that of its halves, down to single rows, which then fail."""
         import torch
 
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
-
-
-def _size(transform: object, value: object) -> int:
-    """About what a value costs: tokens, pixels or samples."""
-    if isinstance(transform, TextTransform):
-        return min(transform.max_tokens, len(str(value).encode()) // _CHARS_PER_TOKEN + 3)
-    if isinstance(transform, ImageTransform):
-        return transform.size_px**2
-    limit = cast(AudioTransform, transform)
-    return min(round(limit.max_s * limit.sample_rate_hz), len(cast("NDArray[np.float32]", value)))
-
-
-def _by_owner(
-    found: NDArray[np.float32], decoded: Decoded, num_inputs: int, without: set[int]
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """The mean of each input's values (N, width), and which inputs have one."""
-    sums = np.zeros((num_inputs, found.shape[1]), np.float32)
-    counts = np.bincount(decoded.owners, minlength=num_inputs)
-    np.add.at(sums, decoded.owners, found)
-    present = counts > 0
-    if without:
-        present[list(without)] = False
-    sums[~present] = 0
-    shares = 1 / np.maximum(counts, 1).astype(np.float32)
-    return sums * shares[:, None], present
-
-
-def read_spec(uri: str) -> tuple[EncoderSpec, str]:
-    """Spec and fingerprint of an encoder folder, local or on a bucket, without torch. Raises EncoderError."""
-    from conjoin.encoders import checkpoint
-
-    if not storage.is_s3(uri):
-        return _checked(uri, lambda: checkpoint.read_spec(Path(storage.absolute(uri))))
-    return _checked(uri, lambda: checkpoint.read_spec(_fetched(uri, spec_only=True)))
-
-
-def load(uri: str, device: str = "auto", precision: Precision = "auto") -> Embedder:
-    """The encoder of a folder; one on a bucket is copied once to a local cache named by its fingerprint.
-
-    Raises EncoderError naming the folder when it is missing, torn or of a newer conjoin.
-    """
-    from conjoin.encoders import checkpoint
-
-    folder = Path(storage.absolute(uri)) if not storage.is_s3(uri) else _checked(uri, lambda: _fetched(uri))
-    _, fingerprint = _checked(uri, lambda: checkpoint.read_spec(folder))
-    encoder = _checked(uri, partial(checkpoint.load, folder))
-    return Embedder(encoder, fingerprint, device, precision)
-
-
-def _checked(uri: str, action: Callable[[], _T]) -> _T:
-    try:
-        return action()
-    except (ValueError, StorageError) as error:
-        advice = "Name a folder that `conjoin train` made"
-        raise EncoderError(f"the encoder cannot be loaded: {error}", where=uri, next=advice) from error
-
-
-def _fetched(uri: str, *, spec_only: bool = False) -> Path:
-    """A local copy, written beside and renamed; spec_only: just spec.json."""
-    from conjoin.encoders import checkpoint
-
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "conjoin" / "encoders"
-    beside = cache / f".{uuid.uuid4().hex}"
-    beside.mkdir(parents=True)
-    try:
-        (beside / "spec.json").write_bytes(storage.read_bytes(storage.join(uri, "spec.json")))
-        _, fingerprint = checkpoint.read_spec(beside)
-        target = cache / (fingerprint + ("-spec" if spec_only else ""))
-        if target.is_dir():
-            return target
-        if not spec_only:
-            storage.copy_tree(uri, str(beside))
         try:
-            beside.rename(target)
-        except OSError:  # another process was first, with the same content
-            if not target.is_dir():
+            inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
+            output = function(inputs)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
                 raise
-        return target
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        else:
+            yield batch.rows, output
+            return
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batch.rows) == 1:
+            failed[int(batch.rows[0])] = "out of memory for this value alone"
+            return
+        for half in batch.halves():
+            yield from self._fitting(half, function, failed)
+
+    def _autocast(self) -> torch.autocast:
+        import torch
+
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def chunk_size(tower: TowerSpec) -> int:
+    """Inputs that may be decoded at a time within 64 MB of pixels or samples; texts are small."""
+    transform = tower.transform
+    if isinstance(transform, ImageTransform):
+        return max(64, _CHUNK_BYTES // (3 * transform.size_px**2))
+    if isinstance(transform, AudioTransform):
+        return max(16, int(_CHUNK_BYTES / (4 * transform.max_s * transform.sample_rate_hz)))
+    return _TEXT_CHUNK
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has a class for it; the CPU's allocator says so in words."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _distinct(values: Sequence[object]) -> tuple[list[int], np.ndarray]:
+    """Positions of the first of each distinct value, and for every value the index of its first among them."""
+    index: dict[object, int] = {}
+    by_object: dict[int, int] = {}
+    firsts: list[int] = []
+    inverse = np.empty(len(values), dtype=np.int64)
+    for position, value in enumerate(values):
+        at = by_object.get(id(value))
+        if at is None:
+            at = index.setdefault(_key(value), len(index))
+            by_object[id(value)] = at
+            if at == len(firsts):
+                firsts.append(position)
+        inverse[position] = at
+    return firsts, inverse
+
+
+def _key(value: object) -> object:
+    if isinstance(value, np.ndarray):
+        return value.shape, blake2b(np.ascontiguousarray(value).data, digest_size=16).digest()
+    if isinstance(value, list | tuple):
+        return tuple(_key(item) for item in value)
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return type(value), value
+
+
+def load(uri: str | Path, *, device: str = "auto", precision: Precision = "auto") -> Embedder:
+    """The encoder of a local or s3:// folder; one in a bucket is copied to a local cache once per fingerprint.
+
+    Raises EncoderError naming the folder and what to do.
+    """
+    folder = local_folder(str(uri))
+    from conjoin.encoders.checkpoint import load as load_folder
+
+    try:
+        return Embedder(load_folder(folder), device=device, precision=precision)
+    except ValueError as error:
+        raise EncoderError(f"not a usable encoder: {error}", where=str(uri), next=_NO_FOLDER) from error
+
+
+def read_spec(uri: str | Path) -> tuple[EncoderSpec, str]:
+    """Spec and fingerprint of a local or s3:// encoder folder, without torch. Raises EncoderError."""
+    from conjoin.encoders.checkpoint import read_spec as read_folder
+
+    try:
+        return read_folder(local_folder(str(uri)))
+    except ValueError as error:
+        raise EncoderError(f"not a usable encoder: {error}", where=str(uri), next=_NO_FOLDER) from error
+
+
+def local_folder(uri: str) -> Path:
+    """The folder itself, or the cached copy of one in a bucket. Raises EncoderError if there is no encoder."""
+    spec = storage.join(uri, "spec.json")
+    if not storage.exists(spec):
+        raise EncoderError("no encoder there (no spec.json)", where=uri, next=_NO_FOLDER)
+    if not storage.is_s3(uri):
+        return Path(storage.filesystem(uri)[1])
+    fingerprint = str(storage.read_json(spec).get("fingerprint", ""))
+    if not fingerprint.isalnum():
+        raise EncoderError("its spec.json has no fingerprint", where=uri, next=_NO_FOLDER)
+    kept = _cache() / fingerprint
+    if not (kept / "spec.json").exists():
+        beside = kept.with_name(f".{fingerprint}.{os.getpid()}")
+        storage.remove(str(beside))
+        try:
+            storage.copy_tree(uri, str(beside))
+            beside.rename(kept)
+        except StorageError as error:
+            raise EncoderError(f"cannot copy the encoder: {error.what}", where=uri, next=error.next) from error
+        except OSError:
+            if not (kept / "spec.json").exists():  # another process was first
+                raise
+        finally:
+            storage.remove(str(beside))
+    return kept
+
+
+def _cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(home) / "conjoin" / "encoders"

@@ -155,9 +155,12 @@ class FeatureActor:
         values = python_values(values_of(source, table, modality))
         hashes = [content_hash(value) for value in values]
         decoded = decode(self._embedder.spec.towers[modality], values)
-        vectors, present = self._embedder.features(modality, decoded, len(values))
-        kept = [number for number in range(len(values)) if present[number]]
-        _write_part(self._frozen.directory, [hashes[number] for number in kept], vectors[kept])
+        found = self._embedder.features(modality, decoded)
+        # one vector per content: of a list's values the first stands for it
+        kept, place = np.unique(decoded.owners, return_index=True)
+        good = np.isfinite(found[place]).all(axis=1)
+        kept, place = kept[good], place[good]
+        _write_part(self._frozen.directory, [hashes[number] for number in kept], found[place])
         return {"done": [len(values)], "bad": [len(values) - len(kept)]}
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from conjoin.encoders.losses import symmetric_infonce
 from conjoin.pipeline import checkpoints, metrics
-from conjoin.pipeline.batches import Decoded, Raw, Reader, rank_steps, stream
+from conjoin.pipeline.steps import Decoded, Raw, Reader, rank_steps, stream
 from conjoin.pipeline.checkpoints import Checkpoint, Progressed
 from conjoin.pipeline.errors import TrainError
 from conjoin.pipeline.order import Order, Positions

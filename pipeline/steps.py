@@ -1,0 +1,141 @@
+"""What one rank computes of each step: its rows, and the decoded values of towers that are trained whole.
+
+Assumes: pipeline/order.py decided which rows make a step; here they are only read. What is drawn at random for a row
+(an item of a list, an augmentation) depends on (seed, epoch, row) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conjoin.pipeline.features import reading_units
+from conjoin.pipeline.order import Order, share
+from conjoin.pipeline.selection import Positions, Selection
+
+if TYPE_CHECKING:
+    from conjoin.encoders.spec import TowerSpec
+    from conjoin.pipeline.source import SourceConfig
+
+Values = list["str | NDArray[np.generic]"]
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """A tower that is trained whole: its values are read and decoded each epoch."""
+
+    modality: str
+    spec: TowerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """values[i] belongs to the i-th true entry of present, over a rank's rows of one step."""
+
+    values: Values
+    present: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads and decodes the rows of a rank; `augment` only while training."""
+
+    source: SourceConfig
+    rows: Selection
+    raws: tuple[Raw, ...]
+    seed: int
+    augment: bool
+
+    def read(self, positions: Positions, epoch: int) -> dict[str, Decoded]:
+        """The values of these rows, in this order."""
+        from conjoin.pipeline.decode import decode
+        from conjoin.pipeline.source import columns_of, python_values, read_rows, values_of
+
+        values: dict[str, list[object]] = {raw.modality: [None] * len(positions) for raw in self.raws}
+        columns = list(dict.fromkeys(c for raw in self.raws for c in columns_of(self.source, raw.modality)))
+        place = {int(position): number for number, position in enumerate(positions)}
+        for unit in reading_units(self.rows, positions):
+            table = read_rows(
+                self.source, str(unit["file"]), int(str(unit["row_group"])), columns, np.array(unit["rows"])
+            )
+            for raw in self.raws:
+                found = python_values(values_of(self.source, table, raw.modality))
+                for position, value in zip(np.array(unit["position"]), found, strict=True):
+                    values[raw.modality][place[int(position)]] = self._one(value, epoch, int(position))
+        done = {}
+        for raw in self.raws:
+            decoded = decode(raw.spec, values[raw.modality])
+            present = np.zeros(len(positions), dtype=bool)
+            present[decoded.owners] = True
+            kept = [
+                self._augmented(v, epoch, int(positions[o]))
+                for v, o in zip(decoded.values, decoded.owners, strict=True)
+            ]
+            done[raw.modality] = Decoded(kept, present)
+        return done
+
+    def _one(self, value: object, epoch: int, position: int) -> object:
+        """One item of a list per epoch while training; what embedding takes of it otherwise."""
+        if isinstance(value, list) and value and self.augment:
+            return value[int(np.random.default_rng([self.seed, epoch, position, 0]).integers(len(value)))]
+        return value
+
+    def _augmented(self, value: object, epoch: int, position: int) -> str | NDArray[np.generic]:
+        from conjoin.encoders.transforms import augment_image
+
+        if self.augment and isinstance(value, np.ndarray) and value.ndim == 3:
+            return augment_image(value, np.random.default_rng([self.seed, epoch, position, 1]))
+        return value  # type: ignore[return-value]  # decode gives str or an array
+
+
+def stream(
+    reader: Reader, order: Order, first_step: int, last_step: int, place: tuple[int, int]
+) -> Iterator[dict[str, Decoded]]:
+    """This rank's decoded share of steps first_step .. last_step - 1, read ahead by tasks of this rank's own Ray Data
+    stream; place: (rank, world)."""
+    import ray.data
+
+    items = [{"epoch": epoch, "rows": rows} for epoch, rows in rank_steps(order, first_step, last_step, place)]
+    if not items:
+        return
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _read_step, fn_kwargs={"reader": reader}, batch_size=1, num_cpus=1
+    )
+    for batch in dataset.iter_batches(batch_size=1, prefetch_batches=2):
+        yield unpack(batch, reader.raws)
+
+
+def rank_steps(
+    order: Order, first_step: int, last_step: int, place: tuple[int, int]
+) -> Iterator[tuple[int, Positions]]:
+    """(epoch, this rank's rows) of each step."""
+    step = first_step
+    while step < last_step:
+        epoch, inside = divmod(step, order.steps_per_epoch)
+        for rows in order.steps(epoch, inside):
+            if step >= last_step:
+                return
+            yield epoch, share(rows, *place)
+            step += 1
+
+
+def _read_step(batch: Mapping[str, NDArray[np.generic]], reader: Reader) -> dict[str, list[object]]:
+    import pickle
+
+    done = reader.read(np.array(batch["rows"][0], dtype=np.int64), int(batch["epoch"][0]))
+    return {"decoded": [pickle.dumps(done, protocol=5)]}
+
+
+def unpack(batch: Mapping[str, NDArray[np.generic]], raws: tuple[Raw, ...]) -> dict[str, Decoded]:
+    """The decoded values of one step out of Ray's block."""
+    import pickle
+
+    done: dict[str, Decoded] = pickle.loads(batch["decoded"][0])  # noqa: S301  # from our own task, over Ray
+    return {raw.modality: done[raw.modality] for raw in raws}
