@@ -144,6 +144,7 @@ def from_place(cls: Any, place: str, name: str, **options: Any) -> Any:
 
 def rebuild(config: Mapping[str, Json]) -> nn.Module:
     """The same architecture from a stored spec, weights unset. Raises ValueError for a class transformers lacks."""
+    from transformers import PreTrainedModel
     from transformers.initialization import no_init_weights
 
     name = str(config["class"])
@@ -154,7 +155,7 @@ def rebuild(config: Mapping[str, Json]) -> nn.Module:
             cls = getattr(importlib.import_module(f"transformers.{module}"), attribute, None)
         except ImportError:
             cls = None
-    if cls is None or not issubclass(cls, nn.Module):
+    if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
         raise ValueError(f"this version of transformers has no {name}; install the one that trained the encoder")
     with no_init_weights():
         model: nn.Module = cls._from_config(cls.config_class.from_dict(config["config"]), dtype=torch.float32)

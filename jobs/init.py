@@ -67,7 +67,7 @@ def write_run_file(data: str | None, out: Path, name: str | None, force: bool) -
 def _guess(data: str | None) -> tuple[dict[str, object], dict[str, str]]:
     if data is None:
         return dict(_EXAMPLE["source"]), {}
-    from conjoin.pipeline.source import guess
+    from conjoin.pipeline.guess import guess
 
     found = guess(data)
     return {"path": data, **found.columns}, dict(found.reasons)

@@ -17,6 +17,7 @@ from conjoin.pipeline.errors import ConfigError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from conjoin.jobs.nightly import RunReport
     from conjoin.pipeline.evaluate import Evaluation
     from conjoin.pipeline.metrics import Estimate
 
@@ -135,3 +136,18 @@ def evaluation(found: Evaluation) -> str:
 
 def _interval(found: Estimate) -> str:
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def night_report(report: RunReport) -> str:
+    """One screen about a night."""
+    if report.status == "unchanged":
+        return f"nothing to do: version {report.version} of run {report.run_id} is live with {report.rows:,} rows"
+    times = "  ".join(f"{step} {seconds:.1f} s" for step, seconds in report.seconds.items())
+    return "\n".join(
+        [
+            f"run {report.run_id}: {report.status}, version {report.version} with {report.rows:,} rows is live",
+            f"{report.quarantined:,} quarantined, {report.units} unit(s), {report.rows_per_s:,.0f} rows/s, "
+            f"encoder {report.fingerprint[:12]}",
+            times,
+        ]
+    )

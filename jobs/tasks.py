@@ -6,12 +6,15 @@ Assumes: everything that is decided is in the run file; this only hands its sect
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from conjoin.pipeline.errors import ConfigError
 from conjoin.pipeline.progress import ShowProgress, silent
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from conjoin.jobs.config import RunFile
     from conjoin.pipeline.evaluate import Evaluation
     from conjoin.pipeline.train import TrainReport
@@ -50,3 +53,12 @@ def evaluate(
     if config.encoder is None:
         raise ConfigError("the run file names no encoder", next="`conjoin train` makes one; then set `encoder:`")
     return evaluate_split(config.source, config.encoder, split, classes=wanted, progress=progress)
+
+
+def history_rows(uri: str) -> pa.Table:
+    """What was published and rolled back, oldest first, as a table."""
+    import pyarrow as pa
+
+    from conjoin.pipeline.publish import history
+
+    return pa.Table.from_pylist([asdict(entry) for entry in history(uri)])

@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from conjoin.encoders.losses import symmetric_infonce
 from conjoin.pipeline import checkpoints, metrics
-from conjoin.pipeline.steps import Decoded, Raw, Reader, rank_steps, stream
 from conjoin.pipeline.checkpoints import Checkpoint, Progressed
 from conjoin.pipeline.errors import TrainError
 from conjoin.pipeline.order import Order, Positions
+from conjoin.pipeline.steps import Decoded, Raw, Reader, rank_steps, stream
 
 if TYPE_CHECKING:
     from conjoin.encoders.joint import JointEncoder

