@@ -72,7 +72,10 @@ def load(directory: Path, device: str = "cpu") -> JointEncoder:
     for name, tower in spec.towers.items():
         if tower.kind == "text":
             texts[name] = _read(directory / f"{name}{_TOKENIZER}")
-    towers = {name: rebuild_tower(tower, spec.dim, texts.get(name)) for name, tower in spec.towers.items()}
+    try:
+        towers = {name: rebuild_tower(tower, spec.dim, texts.get(name)) for name, tower in spec.towers.items()}
+    except ValueError as error:
+        raise ValueError(f"{', '.join(f'{directory / name}{_TOKENIZER}' for name in texts)}: {error}") from error
     encoder = JointEncoder(spec, towers)
     try:
         weights = load_file(directory / _WEIGHTS)

@@ -157,8 +157,9 @@ def rebuild(config: Mapping[str, Json]) -> nn.Module:
             cls = None
     if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
         raise ValueError(f"this version of transformers has no {name}; install the one that trained the encoder")
+    made: Any = cls
     with no_init_weights():
-        model: nn.Module = cls._from_config(cls.config_class.from_dict(config["config"]), dtype=torch.float32)
+        model: nn.Module = made._from_config(made.config_class.from_dict(config["config"]), dtype=torch.float32)
     return model
 
 

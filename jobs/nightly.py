@@ -23,6 +23,8 @@ from conjoin.pipeline.state import Manifest, read_manifest
 from conjoin.pipeline.units import Record, read_records
 
 if TYPE_CHECKING:
+    import lance
+
     from conjoin.jobs.config import RunFile
 
 _T = TypeVar("_T")
@@ -94,21 +96,27 @@ def _night(config: RunFile, catalog: Catalog, plan: Plan, clock: _Clock, progres
     """embed and stage -> gates on the candidate -> commit -> index -> gates -> publish -> report."""
     from conjoin.pipeline.embed import embed
     from conjoin.pipeline.index import build
-    from conjoin.pipeline.publish import check_gates, publish
+    from conjoin.pipeline.publish import Expected, check_gates, publish
 
     catalog = catalog.reading(plan.path)
     uri, run = catalog.table.path, runs.run_directory(catalog.table.path, plan.run_id)
     records = read_records(run, plan.digest)
+
+    def expected() -> Expected:
+        columns = tuple(name for name in plan.schema.names if name.endswith("_vec"))
+        return Expected(sum(record.rows for record in records.values()), plan.fingerprint, columns)
+
     try:
         if store.committed(uri, plan.run_id) is None:
             records = clock("embed", lambda: embed(catalog, plan, address=config.cluster.address, progress=progress))
             work = clock("state", lambda: landing.prepare(uri, run, plan, records))
             candidate = clock("candidate", lambda: store.candidate(uri, work))
             if candidate is not None:
-                clock("gates", lambda: check_gates(uri, candidate, config.gates))
+                clock("gates", lambda: check_gates(candidate, expected(), config.gates, _live(uri)))
             clock("commit", lambda: store.commit(uri, work))
         indexes = clock("index", lambda: build(uri, config.table))
-        clock("gates on the head", lambda: check_gates(uri, store.open_version(uri, None), config.gates))
+        head = store.open_version(uri, None)
+        clock("gates on the head", lambda: check_gates(head, expected(), config.gates, _live(uri)))
         version = int(store.open_version(uri, None).version)
         clock("publish", lambda: publish(uri, version, plan.run_id))
     except GateError as error:
@@ -181,6 +189,12 @@ def _unchanged(uri: str) -> RunReport:
         fingerprint=manifest.fingerprint,
         encoder=manifest.encoder,
     )
+
+
+def _live(uri: str) -> lance.LanceDataset | None:
+    """What readers see now, None before the first publish."""
+    dataset = store.head(uri)
+    return None if dataset is None or store.live_version(dataset) is None else store.open_version(uri)
 
 
 def _live_manifest(uri: str) -> Manifest | None:
