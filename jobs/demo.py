@@ -149,6 +149,8 @@ def _prepare(data: Path, out: Path) -> None:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    if (out / "emoji.parquet").exists() and (out / "rose.webp").exists():
+        return  # written again it would count as another source
     rows = pq.read_table(data)
     rows = rows.append_column("part", _parts(rows))
     pq.write_table(rows, out / "emoji.parquet", row_group_size=1024, compression="zstd")
