@@ -106,7 +106,7 @@ def stream(
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _read_step, fn_kwargs={"reader": reader}, batch_size=1, num_cpus=1
+        _read_step, fn_kwargs={"reader": reader}, batch_size=1, num_cpus=0.25
     )
     for batch in dataset.iter_batches(batch_size=1, prefetch_batches=2):
         yield unpack(batch, reader.raws)

@@ -239,7 +239,7 @@ def _fit(data: Data, recipe: TrainConfig, folder: str, progress: ShowProgress) -
             scaling_config=ScalingConfig(
                 num_workers=recipe.workers,
                 use_gpu=gpu,
-                resources_per_worker={"CPU": 0.5, **({"GPU": 1} if gpu else {})},
+                resources_per_worker={"CPU": 0.25, **({"GPU": 1} if gpu else {})},
             ),
             run_config=RunConfig(storage_path=scratch, failure_config=FailureConfig(max_failures=2)),
         )

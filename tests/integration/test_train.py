@@ -78,6 +78,7 @@ def losses(folder: str) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
+@pytest.mark.slow
 def test_one_two_and_three_workers_give_the_same_curve(ray_session: None, shapes: Path, tmp_path: Path) -> None:
     curves = []
     for workers in (1, 2, 3):
@@ -89,6 +90,7 @@ def test_one_two_and_three_workers_give_the_same_curve(ray_session: None, shapes
     assert curves[0][-1] < curves[0][0]
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_stays_as_it_was_and_a_finished_run_is_returned(
     ray_session: None, shapes: Path, tmp_path: Path
 ) -> None:
