@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from conjoin.pipeline.errors import SourceError
+from conjoin.pipeline.errors import SourceError, StorageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -48,7 +48,10 @@ def check_ids(config: SourceConfig, files: Sequence[SourceFile], ids: Iterable[p
         try:
             wrong = connection.execute(_QUERY).fetchall()
         except duckdb.Error as error:
-            raise (failed[0] if failed else error) from None
+            if failed:
+                raise failed[0] from None
+            what = f"cannot compare the ids: {str(error).splitlines()[0]}"
+            raise StorageError(what, where=spill, next="Free space in the directory that TMPDIR names") from error
     if not wrong:
         return
     nulls = [row for row in wrong if row[0] is None]

@@ -185,7 +185,8 @@ def plan_run(catalog: Catalog, run_id: str, found: Survey, *, full: bool) -> Pla
     num_rows = sum(file.num_rows for file in found.files)
     rows = unit_rows(catalog.embed.unit_rows, num_rows, row_bytes(schema, thumbnail_px))
     target = run_directory(catalog.table.path, run_id)
-    with tempfile.TemporaryDirectory(prefix="conjoin-plan-") as folder:
+    spool = tempfile.gettempdir()
+    with storage.explaining("spool the plan", spool), tempfile.TemporaryDirectory(prefix="conjoin-plan-") as folder:
         slices = list(cut([file.row_groups for file in found.files], rows))
         units = _write_rows(catalog, found.files, slices, schema.field("id").type, Path(folder) / "rows.parquet")
         check_ids(catalog.source, found.files, _planned_ids(Path(folder) / "rows.parquet"))

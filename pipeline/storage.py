@@ -12,9 +12,11 @@ import json
 import os
 import posixpath
 import random
+import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,11 @@ _BUSY_CODES = {
     "Throttling",
 }
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+# Lance and Arrow put the error of the system, or S3's answer, into words only.
+_ERRNO = re.compile(r"\((?:os error |errno: )(\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
+_S3_STATUS = re.compile(r"status code: (\d{3})")
+_S3_CODE = re.compile(r"<Code>(\w+)</Code>")
+_UNSENT = "error sending request"
 _TRANSIENT = {errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE, errno.ESTALE, errno.EREMOTEIO}
 _CREDENTIALS = "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY (or the machine's role) and the bucket's policy"
 
@@ -127,20 +134,47 @@ def explain(error: Exception, verb: str, where: str) -> StorageError | None:
     if is_s3(where):
         from botocore.exceptions import BotoCoreError, ClientError
 
-        if not isinstance(error, OSError | TimeoutError | BotoCoreError | ClientError):
-            return None
-        return _explain_s3(error, verb, where)
-    return _explain_local(error, verb, where) if isinstance(error, OSError) else None
+        known = isinstance(error, OSError | TimeoutError | BotoCoreError | ClientError)
+        return _explain_s3(error, verb, where) if known or _is_in_words(error) else None
+    return _explain_local(error, verb, where) if isinstance(error, OSError) or _is_in_words(error) else None
 
 
-def _explain_local(error: OSError, verb: str, where: str) -> StorageError:
-    if isinstance(error, FileNotFoundError):
+@contextmanager
+def explaining(verb: str, where: str) -> Iterator[None]:
+    """OSErrors of what other libraries do on a disk, as StorageError; nothing is repeated."""
+    try:
+        yield
+    except OSError as error:
+        raise explain(error, verb, where) or error from error
+
+
+def _is_in_words(error: Exception) -> bool:
+    """Whether it is an error of the system or of S3 that a library reports as text (Lance: as ValueError)."""
+    return any(mark.search(str(error)) for mark in (_ERRNO, _S3_STATUS)) or _UNSENT in str(error)
+
+
+def _explain_local(error: Exception, verb: str, where: str) -> StorageError:
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := _ERRNO.search(str(error))):
+        number = int(found[1] or found[2])
+    if number == errno.ENOENT:
         return StorageError("no such file", where=where)
-    if isinstance(error, PermissionError):
+    if number in (errno.EACCES, errno.EPERM):
         return StorageError(f"cannot {verb}: permission denied", where=where)
-    if error.errno in _FULL:
+    if number in _FULL:
         return StorageError(f"cannot {verb}: the disk is full", where=where, next="Free space and repeat the command")
-    return _retryable(StorageError(f"cannot {verb}: {error}", where=where), error.errno in _TRANSIENT)
+    if number == errno.EFBIG:
+        advice = "Raise the limit (`ulimit -f`), or use another disk"
+        return StorageError(f"cannot {verb}: a file would be larger than allowed", where=where, next=advice)
+    if number in (errno.ENOTDIR, errno.EEXIST):
+        what = f"cannot {verb}: a directory of this path is a file"
+        return StorageError(what, where=where, next="Move the file away, or correct the path")
+    return _retryable(StorageError(f"cannot {verb}: {first_line(error)}", where=where), number in _TRANSIENT)
+
+
+def first_line(error: Exception) -> str:
+    """What a library says, without the place in its source that found it."""
+    return re.sub(r",? \S+\.rs:\d+:\d+$", "", (str(error).splitlines() or [type(error).__name__])[0])
 
 
 def _explain_s3(error: Exception, verb: str, where: str) -> StorageError:
@@ -149,8 +183,8 @@ def _explain_s3(error: Exception, verb: str, where: str) -> StorageError:
     bucket = where.split("://", 1)[1].split("/", 1)[0]
     cause = error if isinstance(error, boto.ClientError) else error.__cause__
     response = cause.response if isinstance(cause, boto.ClientError) else {}
-    code = str(response.get("Error", {}).get("Code", ""))
-    status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    code = str(response.get("Error", {}).get("Code", "")) or _first(_S3_CODE, error)
+    status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) or _first(_S3_STATUS, error) or 0)
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
         return StorageError(f"cannot {verb}: no credentials for S3", where=where, next=_CREDENTIALS)
     if code == "NoSuchBucket":
@@ -158,14 +192,21 @@ def _explain_s3(error: Exception, verb: str, where: str) -> StorageError:
     if isinstance(error, FileNotFoundError):
         return StorageError("no such file", where=where)
     if isinstance(error, PermissionError) or status in (401, 403):
-        return StorageError(f"cannot {verb}: S3 denied access (403, {error})", where=where, next=_CREDENTIALS)
-    if isinstance(error, boto.ConnectionError | boto.HTTPClientError | TimeoutError):
-        what = f"cannot {verb}: no answer from {endpoint() or 'S3'}: {error}"
+        why = f"{code or status or 403}"
+        return StorageError(f"cannot {verb}: S3 denied access ({why})", where=where, next=_CREDENTIALS)
+    if isinstance(error, boto.ConnectionError | boto.HTTPClientError | TimeoutError) or _UNSENT in str(error):
+        why = "" if _UNSENT in str(error) else f": {error}"
+        what = f"cannot {verb}: no answer from {endpoint() or 'S3'}{why}"
         advice = "Check AWS_ENDPOINT_URL, the network and that the server runs"
         return _retryable(StorageError(what, where=where, next=advice), True)
     busy = code in _BUSY_CODES or status >= 500 or status == 429
     transient = busy or (isinstance(error, OSError) and error.errno in _TRANSIENT)
-    return _retryable(StorageError(f"cannot {verb}: {error}", where=where), transient)
+    return _retryable(StorageError(f"cannot {verb}: {first_line(error)}", where=where), transient)
+
+
+def _first(pattern: re.Pattern[str], error: Exception) -> str:
+    found = pattern.search(str(error))
+    return found[1] if found else ""
 
 
 def _retryable(error: StorageError, retryable: bool) -> StorageError:
@@ -313,8 +354,12 @@ def copy_tree(source: str, target: str) -> None:
             remote, key = filesystem(to)
             retry(partial(remote.put_file, path, key), verb="write", where=to)
         else:
-            Path(to).parent.mkdir(parents=True, exist_ok=True)
-            retry(partial(fs.get_file, path, to), verb="read", where=uri)
+            retry(partial(_get_file, fs, path, Path(to)), verb="write", where=to)
+
+
+def _get_file(fs: AbstractFileSystem, path: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fs.get_file(path, str(target))
 
 
 def remove(uri: str) -> None:

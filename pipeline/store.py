@@ -15,7 +15,7 @@ from pydantic import Field
 
 from conjoin.encoders.spec import Json
 from conjoin.pipeline import storage
-from conjoin.pipeline.errors import ConservationError, StorageError, TableError
+from conjoin.pipeline.errors import ConjoinError, ConservationError, TableError
 from conjoin.pipeline.section import Section
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def head(uri: str) -> lance.LanceDataset | None:
     except ValueError as error:
         if "was not found" in str(error):
             return None
-        raise TableError(f"cannot open the table: {error}", where=uri) from error
+        raise _storage_error(error, "open the table", uri) from error
 
 
 def _dataset(uri: str, version: str | int | None) -> lance.LanceDataset:
@@ -173,8 +173,10 @@ def _dataset(uri: str, version: str | int | None) -> lance.LanceDataset:
         raise _storage_error(error, "open the table", uri) from error
 
 
-def _storage_error(error: OSError, verb: str, uri: str) -> StorageError:
-    return storage.explain(error, verb, uri) or StorageError(f"cannot {verb}: {error}", where=uri)
+def _storage_error(error: OSError | ValueError, verb: str, uri: str) -> ConjoinError:
+    """Lance reports S3's answers as ValueError too; what is no trouble of storage is the table's own."""
+    explained = storage.explain(error, verb, uri)
+    return explained or TableError(f"cannot {verb}: {storage.first_line(error)}", where=uri)
 
 
 def live_version(dataset: lance.LanceDataset) -> int | None:
