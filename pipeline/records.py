@@ -1,7 +1,8 @@
 """Rows of the source as records: each modality's values, groups, splits, content hashes; pure functions of a table.
 
 Assumes: a table comes from source.read_rows, with plain types (no dictionaries, no large strings). Strings may hold
-invalid UTF-8, since Parquet does not check: `values_of` then gives binary, and decoding says which row it was.
+invalid UTF-8, since Parquet does not check: `utf8.python_values` gives those rows as bytes, and decoding names them. So
+a row's value and hash never depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def all_columns(config: SourceConfig) -> list[str]:
 def values_of(config: SourceConfig, table: pa.Table, modality: str) -> pa.Array | pa.ChunkedArray:
     """One value per row: text rendered, bytes and lists as they are, relative URIs made absolute, null where missing.
 
-    Text with invalid UTF-8 somewhere comes as binary. A Hugging Face {bytes, path} struct gives its bytes.
+    Text may hold invalid UTF-8: take it with `utf8.python_values`. A Hugging Face {bytes, path} struct gives its bytes.
     """
     import pyarrow as pa
 
@@ -51,8 +52,11 @@ def values_of(config: SourceConfig, table: pa.Table, modality: str) -> pa.Array 
     if modality == "text":
         if "{" in column:
             return template.render(column, table)
-        return utf8.checked(table[column])
+        values = table[column]
+        return values.cast(pa.string(), safe=False) if pa.types.is_binary(values.type) else values
     values = _unpacked(table[column])
+    if utf8.checked(values) is not values:
+        values = utf8.repaired(utf8.checked(values))
     if pa.types.is_string(values.type):
         return _absolute(values, listing.base_directory(config.path))
     if pa.types.is_list(values.type) and pa.types.is_string(values.type.value_type):
@@ -106,7 +110,7 @@ def _absolute(uris: pa.Array | pa.ChunkedArray, base: str) -> pa.Array | pa.Chun
     import pyarrow.compute as pc
 
     stripped = pc.utf8_trim_whitespace(uris)
-    whole = pc.match_substring_regex(stripped, _ABSOLUTE)
+    whole = pc.or_(pc.match_substring_regex(stripped, _ABSOLUTE), pc.equal(stripped, ""))
     if pc.all(whole, min_count=0).as_py():
         return stripped
     return pc.if_else(whole, stripped, pc.binary_join_element_wise(base, stripped, "/"))

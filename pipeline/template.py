@@ -43,7 +43,10 @@ def parts(template: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def render(template: str, table: pa.Table) -> pa.Array:
-    """The template over a table's columns: an empty field takes its separator with it; all null gives null."""
+    """The template over a table's columns: an empty field takes its separator with it; all null gives null.
+
+    A row with a field of invalid UTF-8 is invalid UTF-8 (see utf8.python_values).
+    """
     import pyarrow as pa
 
     columns, literals = parts(template)
@@ -51,7 +54,8 @@ def render(template: str, table: pa.Table) -> pa.Array:
     rows = zip(*(fields[name] for name in columns), strict=True)
     texts = [_render_row(row, literals) for row in rows]
     if any(isinstance(text, bytes) for text in texts):
-        return pa.array([text.encode() if isinstance(text, str) else text for text in texts], pa.binary())
+        raw = [text.encode() if isinstance(text, str) else text for text in texts]
+        return pa.array(raw, pa.binary()).cast(pa.string(), safe=False)
     return pa.array(texts, pa.string())
 
 

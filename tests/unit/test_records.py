@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conjoin.pipeline import records
+from conjoin.pipeline import records, utf8
 from conjoin.pipeline.source import SourceConfig, Split
 
 
@@ -61,11 +61,26 @@ def test_bytes_have_no_uri_and_structs_give_their_bytes() -> None:
     assert records.values_of(config, paths, "image").to_pylist() == ["/a.jpg"]
 
 
-def test_text_that_is_not_utf8_comes_as_binary_and_kept_text_is_repaired() -> None:
+@pytest.mark.parametrize("text", ["t", "{t}"])
+@pytest.mark.parametrize("kind", [pa.string(), pa.binary()], ids=str)
+def test_text_that_is_not_utf8_is_its_rows_own_trouble(text: str, kind: pa.DataType) -> None:
+    table = pa.table({"t": pa.array([b"ok", b"\xff", None], pa.binary()).view(kind)})
+    values = records.values_of(_config(text=text), table, "text")
+    assert utf8.python_values(values) == ["ok", b"\xff", None]
+    alone = records.content_hashes(pa.array(["ok"]))[0]
+    assert records.content_hashes(values)[0] == alone
+
+
+def test_an_address_that_is_not_utf8_or_empty() -> None:
+    table = pa.table({"url": pa.array([b"a\xff.jpg", b"", None, b"/b.jpg"], pa.binary()).view(pa.string())})
+    found = records.values_of(_config(image="url"), table, "image")
+    assert found.to_pylist() == ["/data/a\ufffd.jpg", "", None, "/b.jpg"]
+
+
+def test_kept_text_is_repaired() -> None:
     bad = pa.array([b"ok", b"\xff"], pa.binary()).view(pa.string())
     config = _config(text="t", keep=["t", "n"])
     table = pa.table({"t": bad, "n": [1, 2]})
-    assert records.values_of(config, table, "text").to_pylist() == [b"ok", b"\xff"]
     assert records.kept_of(config, table).to_pydict() == {"t": ["ok", "\ufffd"], "n": [1, 2]}
 
 
