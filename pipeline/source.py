@@ -43,6 +43,7 @@ __all__ = [
     "Split",
     "all_columns",
     "check_source",
+    "column_names",
     "columns_of",
     "content_hash",
     "content_hashes",
@@ -61,6 +62,7 @@ __all__ = [
 
 _FOOTER_THREADS = 16
 _BATCH_ROWS = 1024
+_BATCH_BYTES = 64 << 20
 _T = TypeVar("_T")
 
 
@@ -145,6 +147,16 @@ def schema_of(config: SourceConfig) -> SourceSchema:
     return columns.unify(config, [(stat.uri, footer.schema) for stat, footer in footers.items()])
 
 
+def column_names(file: str) -> list[str]:
+    """Every column of one file. Raises SourceError if it is gone or no Parquet."""
+
+    def read() -> list[str]:
+        with _open(file) as parquet:
+            return list(parquet.schema_arrow.names)
+
+    return _reading(read, file)
+
+
 def check_source(config: SourceConfig) -> SourceSchema:
     """Files exist and have rows, columns exist and their types fit; without reading a row."""
     list_source(config)
@@ -164,7 +176,10 @@ def read_rows(
 def read_batches(
     config: SourceConfig, file: str, row_group: int, columns: Sequence[str], rows: np.ndarray, batch_rows: int
 ) -> Iterator[pa.Table]:
-    """`read_rows` as tables of at most `batch_rows` rows, one in memory at a time; a repeated read goes on in place."""
+    """`read_rows` as tables of at most `batch_rows` rows, one in memory at a time; a repeated read goes on in place.
+
+    Where values are large on average (pictures, long texts) tables have fewer rows, about _BATCH_BYTES.
+    """
     names = list(dict.fromkeys(columns))
     stream: Iterator[pa.Table] | None = None
     done = 0
@@ -189,8 +204,17 @@ def _stream(
     rows, batch_rows = wanted
     with _open(file) as parquet:
         _check_whole(parquet, file, row_group, names)
-        for batch in _picked(parquet, file, row_group, names, (rows, batch_rows)):
+        most = max(1, min(batch_rows, _BATCH_BYTES // _row_bytes(parquet, row_group, names)))
+        for batch in _picked(parquet, file, row_group, names, (rows, most)):
             yield _in_plain_types(config, file, batch, names)
+
+
+def _row_bytes(parquet: pq.ParquetFile, row_group: int, names: list[str]) -> int:
+    """Bytes of an average row in these columns, as the footer counts them; at least 1."""
+    group = parquet.metadata.row_group(row_group)
+    columns = [group.column(position) for position in range(group.num_columns)]
+    wanted = [column for column in columns if f"{column.path_in_schema}.".startswith(tuple(f"{n}." for n in names))]
+    return max(1, sum(column.total_uncompressed_size for column in wanted) // max(group.num_rows, 1))
 
 
 def _read_rows(config: SourceConfig, file: str, row_group: int, names: list[str], rows: np.ndarray | None) -> pa.Table:
