@@ -29,21 +29,30 @@ def quarantine_schema(id_type: pa.DataType) -> pa.Schema:
 def replace_rows(uri: str, run_id: str, rows: pa.Table) -> None:
     """Make `rows` (of quarantine_schema) what run `run_id` has in quarantine; repeating it changes nothing.
 
-    Two commits, delete and append: readers filter by the live manifest, which does not name this run yet.
+    Two commits, delete and append: readers filter by the live manifest, which does not name this run yet. Where the
+    ids' type changed (a `--full` run over another source) all of them become strings. Raises StorageError.
     """
-    import lance
-
     target = quarantine_uri(uri)
+    with storage.explaining("write the quarantine", target):
+        _replace(target, run_id, rows)
+
+
+def _replace(target: str, run_id: str, rows: pa.Table) -> None:
+    import lance
+    import pyarrow as pa
+
     dataset = head(target)
+    mode = "create" if dataset is None else "append"
     if dataset is not None:
         dataset.delete(f"run_id = '{run_id}'")
+        if dataset.schema.field("id").type != rows.schema.field("id").type:
+            text = quarantine_schema(pa.string())
+            rows = rows.cast(text)
+            if not pa.types.is_string(dataset.schema.field("id").type):
+                rows, mode = pa.concat_tables([dataset.to_table().cast(text), rows]), "overwrite"
     if rows.num_rows:
         lance.write_dataset(
-            rows,
-            target,
-            mode="create" if dataset is None else "append",
-            data_storage_version=STORAGE_VERSION,
-            storage_options=storage.lance_options(uri),
+            rows, target, mode=mode, data_storage_version=STORAGE_VERSION, storage_options=storage.lance_options(target)
         )
 
 
