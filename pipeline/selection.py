@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from conjoin.pipeline import utf8
 from conjoin.pipeline.errors import ConfigError, TrainError
 from conjoin.pipeline.progress import Progress, ShowProgress
 
@@ -88,7 +89,7 @@ def _codes(groups: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
     return np.array(
         [
             known.setdefault(g, int.from_bytes(content_hash(str(g))[:8], "little", signed=True))
-            for g in groups.to_pylist()
+            for g in utf8.python_values(groups)
         ],
         dtype=np.int64,
     )
@@ -97,25 +98,32 @@ def _codes(groups: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
 def _columns_of_condition(where: str | None, file: str) -> list[str]:
     if where is None:
         return []
-    import pyarrow.parquet as pq
     import sqlglot
     from sqlglot import exp
 
-    from conjoin.pipeline import storage
+    from conjoin.pipeline.source import column_names
 
     try:
         condition = sqlglot.parse_one(where, read="duckdb", into=exp.Condition)
     except sqlglot.errors.ParseError as error:
         raise ConfigError(f"train.where is not SQL: {str(error).splitlines()[0]}", where=where) from error
     names = list(dict.fromkeys(column.name for column in condition.find_all(exp.Column)))
-    fs, path = storage.filesystem(file)
-    there = {name.lower(): name for name in pq.read_schema(path, filesystem=fs).names}
+    there = {name.lower(): name for name in column_names(file)}
     for name in names:
         if name.lower() not in there:
             raise ConfigError(
                 f"train.where names an unknown column {name!r}", where=file, next=f"It has {', '.join(there.values())}"
             )
     return [there[name.lower()] for name in names]
+
+
+def _readable(rows: pa.Table) -> pa.Table:
+    """Invalid UTF-8 as U+FFFD: DuckDB would refuse the whole row group."""
+    for position, name in enumerate(rows.column_names):
+        checked = utf8.checked(rows[name])
+        if checked is not rows[name] and checked.type != rows[name].type:
+            rows = rows.set_column(position, name, utf8.repaired(checked))
+    return rows
 
 
 def _holds(rows: pa.Table, where: str | None) -> NDArray[np.bool_]:
@@ -126,7 +134,7 @@ def _holds(rows: pa.Table, where: str | None) -> NDArray[np.bool_]:
 
     safe = {"enable_external_access": False, "python_enable_replacements": False, "lock_configuration": True}
     with duckdb.connect(config=safe) as db:
-        db.register("rows", rows)
+        db.register("rows", _readable(rows))
         try:
             held = db.sql(f"SELECT coalesce(({where}), false) AS held FROM rows").to_arrow_table()  # noqa: S608
         except duckdb.Error as error:
