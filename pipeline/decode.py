@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -177,6 +178,8 @@ def _text(value: object) -> str:
 
 def _bytes(value: object, fetcher: Fetcher) -> bytes:
     if isinstance(value, str):
+        if not value:
+            raise BadRecord("empty address")
         value = fetcher.fetch(value)
     if not isinstance(value, bytes):
         raise BadRecord(f"bytes or a URI are needed, not {_kind(value)}")
@@ -203,11 +206,14 @@ def _opened(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadRecord(f"more than {MAX_PIXELS} pixels: {error}"[:_REASON_CHARS]) from None
+        found = re.search(r"\d{6,}", str(error))
+        size = f"{int(found[0]):,}" if found else "too many"
+        raise BadRecord(f"{size} pixels, at most {MAX_PIXELS:,} are decoded") from None
     except UnidentifiedImageError:
         raise BadRecord(f"not a picture that can be read ({len(data)} bytes, begins with {data[:8].hex()})") from None
     if image.width * image.height > MAX_PIXELS:
-        raise BadRecord(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
+        size = image.width * image.height
+        raise BadRecord(f"{size:,} pixels, at most {MAX_PIXELS:,} are decoded")
     return image
 
 

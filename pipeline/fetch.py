@@ -5,6 +5,7 @@ Assumes: one Fetcher serves one batch of values from many threads, and is droppe
 
 from __future__ import annotations
 
+import stat
 import threading
 from collections import Counter
 from functools import cache
@@ -25,6 +26,7 @@ CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 30.0
 # After so many failures in a row a host counts as down: the rest of the batch need not wait for its timeouts.
 GIVE_UP_AFTER = 8
+_SHOWN_CHARS = 80
 _BUSY = {408, 425, 429, 500, 502, 503, 504}
 _GONE = {404, 410}
 _DENIED = {401, 403, 407}
@@ -54,12 +56,15 @@ class Fetcher:
 
 
 def _host(uri: str) -> str:
-    parts = urlsplit(uri)
-    return f"{parts.scheme}://{parts.netloc}" if parts.scheme else "file"
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise StorageError(f"not a valid address: {error}", where=uri) from None
+    return f"{parts.scheme}://{parts.netloc}" if parts.netloc else "file"
 
 
 def _read(uri: str) -> bytes:
-    scheme = uri.split("://", 1)[0].lower() if "://" in uri else "file"
+    scheme = uri.split("://", 1)[0].lower() if "://" in uri else "data" if uri.startswith("data:") else "file"
     if scheme in ("http", "https"):
         return _read_http(uri)
     if scheme in ("s3", "s3a"):
@@ -67,12 +72,18 @@ def _read(uri: str) -> bytes:
         return cast(bytes, fs.cat_file(path))
     if scheme == "file":
         return _read_file(uri)
-    raise StorageError(f"cannot fetch {scheme}:// addresses; file, s3, http and https are known", where=uri)
+    advice = "Addresses are files, s3://, http:// or https://"
+    raise StorageError(f"cannot fetch {scheme}: addresses", where=uri[:_SHOWN_CHARS], next=advice)
 
 
 def _read_file(uri: str) -> bytes:
+    if "\0" in uri:
+        raise StorageError("not a valid file name", where=uri)
     path = Path(unquote(urlsplit(uri).path) if uri.startswith("file://") else uri)
-    _check_size(path.stat().st_size, uri)
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # a pipe or a device would never end
+        raise StorageError("not a file" if not path.is_dir() else "a directory, not a file", where=uri)
+    _check_size(found.st_size, uri)
     return path.read_bytes()
 
 
