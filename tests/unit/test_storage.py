@@ -105,6 +105,44 @@ def test_retry_lets_other_errors_through() -> None:
         storage.retry(lambda: 1 // 0, verb="read", where="s3://bucket/x")
 
 
+_LIST = "LanceError(IO): Generic S3 error: Error performing list request: Error performing GET http://h/b in 6ms"
+
+
+@pytest.mark.parametrize(
+    ("error", "uri", "what"),
+    [
+        (
+            OSError("LanceError(IO): No space left on device (os error 28), /w/writer.rs:190:9"),
+            "/d/t",
+            "the disk is full",
+        ),
+        (OSError("LanceError(IO): File too large (os error 27)"), "/d/t", "a file would be larger than allowed"),
+        (ValueError("Unable to walk dir: Not a directory (os error 20), /w/s.rs:1:2"), "/d/t", "this path is a file"),
+        (ValueError("Permission denied (os error 13)"), "/d/t", "permission denied"),
+        (OSError("LanceError(IO): torn page, /w/x.rs:15:42"), "/d/t", "cannot open: LanceError(IO): torn page"),
+        (
+            ValueError(f"{_LIST} - status code: 403 Forbidden: <?xml?>\n<Error><Code>Wrong</Code>"),
+            "s3://b/t",
+            "(Wrong)",
+        ),
+        (ValueError(f"{_LIST} - status code: 404: <Code>NoSuchBucket</Code>"), "s3://b/t", "no bucket named b"),
+        (OSError(f"{_LIST} - HTTP error: error sending request, /w/o.rs:1:2"), "s3://b/t", "no answer from"),
+    ],
+)
+def test_what_lance_says_in_words_is_understood(error: Exception, uri: str, what: str) -> None:
+    explained = storage.explain(error, "open", uri)
+    assert explained is not None
+    assert what in explained.what
+    assert explained.where == uri
+    assert ".rs" not in str(explained)
+    assert "\n" not in str(explained)
+
+
+def test_other_value_errors_are_not_of_storage() -> None:
+    assert storage.explain(ValueError("Dataset was not found"), "open", "/d/t") is None
+    assert storage.explain(ValueError("Dataset was not found"), "open", "s3://b/t") is None
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [(b"{", "not valid JSON"), (b"[]", "not a JSON object"), (b'{"format": 99}', "newer conjoin")],
