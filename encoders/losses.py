@@ -22,7 +22,7 @@ def infonce(
 ) -> torch.Tensor:
     """One-way InfoNCE (van den Oord et al. 2018, arXiv:1807.03748): row i of `a` should find row offset + i of `b`.
 
-    The sum over the B rows divided by N, so that the shares of all ranks sum to the mean over all N rows.
+    The sum over the B rows divided by N, so that the shares of all ranks sum to the mean over all N rows; 0 if N is 0.
     group_N: int64; candidates of a row's own group are not its negatives.
     """
     with torch.autocast(a_BD.device.type, enabled=False):
@@ -34,7 +34,7 @@ def infonce(
             same_BN.scatter_(1, own_B[:, None], False)
             # after the scale: -inf times a parameter would make its gradient NaN
             logits_BN = logits_BN.masked_fill(same_BN, -torch.inf)
-        return (logits_BN.logsumexp(1) - positive_B).sum() / len(b_ND)
+        return (logits_BN.logsumexp(1) - positive_B).sum() / max(len(b_ND), 1)
 
 
 def symmetric_infonce(

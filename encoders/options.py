@@ -18,7 +18,7 @@ class TowerOptions:
 
     model: str = "builtin"
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
-    head: Literal["linear", "mlp"] = "linear"
+    head: Literal["linear", "mlp", "none"] = "linear"
     size_px: int | None = None
     max_tokens: int | None = None
     max_s: float | None = None

@@ -159,6 +159,8 @@ def build_tower(kind: Kind, options: TowerOptions, dim: int, captions: Sequence[
             backbone = efficientnet.pretrained()
         else:
             spec, backbone, text = _from_library(kind, options)
+        if options.head == "none" and spec.width != dim:
+            raise ValueError(f"{options.model} gives vectors of {spec.width}; without a head dim must be {spec.width}")
         head_width = max(spec.width, dim) if options.head == "mlp" else 0
         return _TOWERS[kind](replace(spec, head=options.head, head_width=head_width), dim, backbone, text)
 

@@ -1,5 +1,8 @@
 """Decoded values to tower inputs: pictures to pixels, waves to log-mel; the same for training and embedding.
 
+What only training does (`augment_image`, `drop_features`) is drawn from numbers that the caller gives, never from a
+process's own random state, so that it depends on the row and not on who computes it.
+
 Assumes: the transform comes from the tower's spec and nothing else decides a number here; torch is imported only where
 tensors are made, so that decoding workers stay small.
 """
@@ -28,6 +31,8 @@ _MIN_CROP = 0.8
 _JITTER = 0.2
 _PASS_BAND = 0.95
 _POWER_FLOOR = 1e-5
+_GOLDEN = -0x61C8864680B583EB  # 2^64 / phi, as int64
+_MASK_24 = (1 << 24) - 1
 
 
 def fit_image(image: Image.Image, transform: ImageTransform) -> np.ndarray:
@@ -65,6 +70,28 @@ def augment_image(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     contrast, brightness = rng.uniform(1 - _JITTER, 1 + _JITTER, 2)
     mean = values.mean()
     return np.clip((values - mean) * contrast + mean * brightness, 0, 255).astype(np.uint8)
+
+
+def drop_features(features_BW: torch.Tensor, keys_B: torch.Tensor, rate: float) -> torch.Tensor:
+    """Dropout (Srivastava et al. 2014) of pooled features whose mask is a function of each row's key alone.
+
+    keys: (B,) int64, one per row and epoch; rate: share of features set to zero, in [0, 1). The mean is kept.
+    """
+    import torch
+
+    if rate == 0:
+        return features_BW
+    columns_W = torch.arange(1, features_BW.shape[1] + 1, device=features_BW.device)
+    bits_BW = _mix(_mix(keys_B)[:, None] + columns_W * _GOLDEN)
+    kept_BW = (bits_BW & _MASK_24).to(torch.float32) >= rate * (1 << 24)
+    return features_BW * kept_BW.to(features_BW.dtype) / (1 - rate)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """splitmix64's finaliser (Steele et al. 2014) on wrapping int64."""
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
+    return x ^ (x >> 31 & (1 << 33) - 1)
 
 
 def resample(wave: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from conjoin.pipeline import storage
+from conjoin.pipeline import storage, workers
 from conjoin.pipeline.errors import TrainError
 from conjoin.pipeline.progress import Progress, ShowProgress
 from conjoin.pipeline.selection import Positions, Selection
@@ -94,12 +94,13 @@ def _hashes(frozen: Frozen, rows: Selection, progress: ShowProgress) -> NDArray[
     columns = columns_of(frozen.source, frozen.modality)
     items = list(reading_units(rows, np.arange(len(rows))))
     hashes_N = np.zeros(len(rows), dtype=object)
-    dataset = from_items(items, override_num_blocks=len(items)).map_batches(hash_rows, batch_size=1)
     done = 0
-    for batch in dataset.iter_batches(batch_size=None):
-        hashes_N[batch["position"]] = batch["hash"]
-        done += len(batch["position"])
-        progress(Progress(f"hash {frozen.modality}", done, len(rows)))
+    with workers.data_settings():
+        dataset = from_items(items, override_num_blocks=len(items)).map_batches(hash_rows, batch_size=1)
+        for batch in dataset.iter_batches(batch_size=None):
+            hashes_N[batch["position"]] = batch["hash"]
+            done += len(batch["position"])
+            progress(Progress(f"hash {frozen.modality}", done, len(rows)))
     return hashes_N
 
 
@@ -127,13 +128,14 @@ def _run(frozen: Frozen, rows: Selection, wanted: Positions, num_actors: int, pr
         return
     pool = ray.data.ActorPoolStrategy(size=min(num_actors, len(items)))
     gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        FeatureActor, fn_constructor_args=(frozen,), batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus
-    )
     done = 0
-    for batch in dataset.iter_batches(batch_size=None):
-        done += int(batch["done"].sum())
-        progress(Progress(f"features {frozen.modality}", done, len(wanted)))
+    with workers.data_settings():
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            FeatureActor, fn_constructor_args=(frozen,), batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus
+        )
+        for batch in dataset.iter_batches(batch_size=None):
+            done += int(batch["done"].sum())
+            progress(Progress(f"features {frozen.modality}", done, len(wanted)))
 
 
 class FeatureActor:

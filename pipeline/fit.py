@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from conjoin.encoders.losses import symmetric_infonce
+from conjoin.encoders.transforms import drop_features
 from conjoin.pipeline import checkpoints, metrics
 from conjoin.pipeline.checkpoints import Checkpoint, Progressed
 from conjoin.pipeline.errors import TrainError
@@ -72,7 +73,6 @@ class Loop:
         self.every = self.order.steps_per_epoch if every == "epoch" else every
         self.progressed = Progressed(0)
         self.best: dict[str, torch.Tensor] = {}
-        self.validation: dict[str, Decoded] | None = None
 
     def run(self, directory: str, say: Say) -> Progressed:
         """Train from the newest checkpoint to the end. Raises TrainError when the loss is not finite."""
@@ -111,7 +111,8 @@ class Loop:
         """One optimizer step; returns the loss over the global batch."""
         rows = np.asarray(values["rows"])
         self.encoder.train()
-        share = self._loss(rows, {name: v for name, v in values.items() if isinstance(v, Decoded)})
+        decoded = {name: value for name, value in values.items() if isinstance(value, Decoded)}
+        share = self._loss(rows, decoded, step // self.order.steps_per_epoch)
         self.optimizer.zero_grad(set_to_none=False)
         torch.autograd.backward(share)
         loss = _sum_over_ranks(list(self.trained.values()), share.detach())
@@ -124,9 +125,16 @@ class Loop:
         self.encoder.clamp_scale_()
         return loss
 
-    def _loss(self, rows: Positions, decoded: Mapping[str, Decoded]) -> torch.Tensor:
+    def _loss(self, rows: Positions, decoded: Mapping[str, Decoded], epoch: int) -> torch.Tensor:
         """This rank's share: the mean over pairs of modalities, each over the records that have both."""
-        encoded = {name: self._encode(name, rows, decoded) for name in self.encoder.spec.towers}
+        encoded = {}
+        for number, name in enumerate(self.encoder.spec.towers):
+            features, present = self._features(name, rows, decoded)
+            rate = self.recipe.tower(name).dropout
+            if rate:
+                keys = _row_keys((self.recipe.seed, epoch, number), rows[present.cpu().numpy()])
+                features = drop_features(features, torch.from_numpy(keys).to(features.device), rate)
+            encoded[name] = self.encoder.project(name, features), present
         groups = torch.from_numpy(self.data.train.group_N[rows]).to(self.place.device)
         pairs = list(combinations(encoded, 2))
         shares = []
@@ -137,23 +145,24 @@ class Loop:
             shares.append(symmetric_infonce(left, right, self.encoder.scale, group))
         return torch.stack(shares).sum() / len(pairs)
 
-    def _encode(
+    def _features(
         self, name: str, rows: Positions, decoded: Mapping[str, Decoded], offset: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unit vectors of the rows that have this modality, and which rows do (B,); offset: of the rows in features."""
+        """Pooled backbone outputs of the rows that have this modality, and which rows do (B,); offset: of the rows in
+        the features kept of a frozen tower."""
         device = self.place.device
         if name in self.data.features:
             kept = self.data.features[name]
             content = kept.content_N[rows + offset]
             features = torch.from_numpy(np.ascontiguousarray(kept.values_CW[content[content >= 0]]))
-            return self.encoder.project(name, features.to(device)), torch.from_numpy(content >= 0).to(device)
+            return features.to(device), torch.from_numpy(content >= 0).to(device)
         found = decoded[name]
         present = torch.from_numpy(found.present).to(device)
         if not found.values:
-            return torch.zeros(0, self.encoder.spec.dim, device=device), present
+            return torch.zeros(0, self.encoder.spec.towers[name].width, device=device), present
         inputs = {key: value.to(device) for key, value in self.encoder.collate(name, found.values).items()}
         with torch.autocast(device.type, torch.bfloat16) if self.place.precision == "bf16" else nullcontext():
-            return self.encoder.encode(name, inputs), present
+            return self.encoder.features(name, inputs).float(), present
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
@@ -172,7 +181,8 @@ class Loop:
             left, right = (vectors[m][0][both[vectors[m][1]]] for m in (a, b))
             found = metrics.retrieval(left, right, groups[both], groups[both])
             record |= {f"{a}_{b}_hit{k}": float(metrics.hit_at(found, k).mean()) for k in (1, 5, 10)}
-        score = float(np.mean([value for name, value in record.items() if name.endswith("hit10")] or [-1.0]))
+        hits = [value for name, value in record.items() if name.endswith("hit10")]
+        score = float(np.mean(hits)) if hits else -math.inf
         if score > self.progressed.best_score:
             self.progressed = Progressed(self.progressed.step, self.progressed.step, score)
             self.best = {name: p.detach().clone() for name, p in self.trained.items()}
@@ -185,7 +195,8 @@ class Loop:
             piece = rows[start : start + _EMBED_AT_ONCE]
             decoded = reader.read(piece, 0) if self.raws else {}
             for name, parts in done.items():
-                parts.append(self._encode(name, piece, decoded, len(self.data.train)))
+                features, present = self._features(name, piece, decoded, len(self.data.train))
+                parts.append((self.encoder.project(name, features), present))
         return {
             n: (torch.cat([p[0] for p in ps]).cpu().numpy(), torch.cat([p[1] for p in ps]).cpu().numpy())
             for n, ps in done.items()
@@ -213,6 +224,12 @@ class Loop:
             }
         best = {name: found.tensors[f"best.{name}"] for name in self.trained if f"best.{name}" in found.tensors}
         self.best = {name: value.to(self.place.device) for name, value in best.items()}
+
+
+def _row_keys(drawn_by: tuple[int, int, int], rows: Positions) -> Positions:
+    """A random number per row (B,) int64, the same whatever else is in the batch; drawn_by: seed, epoch, tower."""
+    base = np.random.SeedSequence(drawn_by).generate_state(1, np.uint64)[0]
+    return (rows.astype(np.uint64) + base).view(np.int64)
 
 
 def _freeze(encoder: JointEncoder, frozen: set[str]) -> None:

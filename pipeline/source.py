@@ -209,6 +209,17 @@ def _stream(
             yield _in_plain_types(config, file, batch, names)
 
 
+def row_group_bytes(file: str, row_group: int, columns: Sequence[str]) -> int:
+    """Bytes of a row group in these columns, decompressed, as the footer counts them."""
+
+    def read() -> int:
+        with _open(file) as parquet:
+            _check_whole(parquet, file, row_group, list(columns))
+            return _row_bytes(parquet, row_group, list(columns)) * parquet.metadata.row_group(row_group).num_rows
+
+    return _reading(read, file)
+
+
 def _row_bytes(parquet: pq.ParquetFile, row_group: int, names: list[str]) -> int:
     """Bytes of an average row in these columns, as the footer counts them; at least 1."""
     group = parquet.metadata.row_group(row_group)

@@ -6,6 +6,7 @@ Assumes: pipeline/order.py decided which rows make a step; here they are only re
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,13 +14,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from conjoin.pipeline import workers
 from conjoin.pipeline.features import reading_units
 from conjoin.pipeline.order import Order, share
 from conjoin.pipeline.selection import Positions, Selection
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from conjoin.encoders.spec import TowerSpec
     from conjoin.pipeline.source import SourceConfig
+
+# Row groups of the current window, in the process that decodes them: its steps all read the same ones.
+_kept: OrderedDict[tuple[str | int, ...], pa.Table] = OrderedDict()
+_KEPT_BYTES = 256 << 20
 
 Values = list["str | NDArray[np.generic]"]
 
@@ -53,15 +61,14 @@ class Reader:
     def read(self, positions: Positions, epoch: int) -> dict[str, Decoded]:
         """The values of these rows, in this order."""
         from conjoin.pipeline.decode import decode
-        from conjoin.pipeline.source import columns_of, python_values, read_rows, values_of
+        from conjoin.pipeline.source import columns_of, python_values, values_of
 
         values: dict[str, list[object]] = {raw.modality: [None] * len(positions) for raw in self.raws}
         columns = list(dict.fromkeys(c for raw in self.raws for c in columns_of(self.source, raw.modality)))
         place = {int(position): number for number, position in enumerate(positions)}
         for unit in reading_units(self.rows, positions):
-            table = read_rows(
-                self.source, str(unit["file"]), int(str(unit["row_group"])), columns, np.array(unit["rows"])
-            )
+            where = (str(unit["file"]), int(str(unit["row_group"])))
+            table = _rows(self.source, where, columns, np.array(unit["rows"]))
             for raw in self.raws:
                 found = python_values(values_of(self.source, table, raw.modality))
                 for position, value in zip(np.array(unit["position"]), found, strict=True):
@@ -92,6 +99,27 @@ class Reader:
         return value  # type: ignore[return-value]  # decode gives str or an array
 
 
+def _rows(source: SourceConfig, where: tuple[str, int], columns: list[str], rows: Positions) -> pa.Table:
+    """Rows of a row group, which is kept for the next steps of its window if it is not too large.
+
+    where: file and row group.
+    """
+    import pyarrow as pa
+
+    from conjoin.pipeline.source import read_rows, row_group_bytes
+
+    key: tuple[str | int, ...] = (*where, source.id, *columns)
+    if key in _kept:
+        _kept.move_to_end(key)
+    elif row_group_bytes(*where, columns) <= _KEPT_BYTES // 4:
+        _kept[key] = read_rows(source, *where, columns)
+        while sum(table.nbytes for table in _kept.values()) > _KEPT_BYTES and len(_kept) > 1:
+            _kept.popitem(last=False)
+    else:
+        return read_rows(source, *where, columns, rows)
+    return _kept[key].take(pa.array(rows))
+
+
 def stream(
     reader: Reader, order: Order, first_step: int, last_step: int, place: tuple[int, int]
 ) -> Iterator[dict[str, Decoded]]:
@@ -102,14 +130,13 @@ def stream(
     items = [{"epoch": epoch, "rows": rows} for epoch, rows in rank_steps(order, first_step, last_step, place)]
     if not items:
         return
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _read_step, fn_kwargs={"reader": reader}, batch_size=1, num_cpus=0.25
-    )
-    for batch in dataset.iter_batches(batch_size=1, prefetch_batches=2):
-        yield unpack(batch, reader.raws)
+    with workers.data_settings():
+        ray.data.DataContext.get_current().execution_options.preserve_order = True
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            _read_step, fn_kwargs={"reader": reader}, batch_size=1, num_cpus=0.25
+        )
+        for batch in dataset.iter_batches(batch_size=1, prefetch_batches=2):
+            yield unpack(batch, reader.raws)
 
 
 def rank_steps(

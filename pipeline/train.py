@@ -44,7 +44,8 @@ class TowerConfig(Section):
     )
     tune: Literal["all", "head"] = Field("all", description="all | head (frozen backbone)")
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
-    head: Literal["linear", "mlp"] = "linear"
+    head: Literal["linear", "mlp", "none"] = Field("linear", description="none: the backbone's own vectors")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the backbone's features that a training step hides")
     size_px: int | None = Field(None, ge=16, le=1024, description="image side; default: the model's own")
     max_tokens: int | None = Field(None, ge=4, le=8192, description="text length; default 64")
     max_s: float | None = Field(None, gt=0, le=120, description="audio length in seconds; default 10")
@@ -69,6 +70,10 @@ class TrainConfig(Section):
     precision: Literal["auto", "float32", "bf16"] = "auto"
     validate_every: Literal["epoch"] | int = Field("epoch", description="steps between validations")
     checkpoint_every_s: float = Field(30, ge=0, description="at the next validation after so many seconds; 0: at each")
+
+    def tower(self, modality: str) -> TowerConfig:
+        """What the recipe says about a modality's tower, or the defaults."""
+        return self.towers.get(modality, TowerConfig())
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +170,10 @@ def _build(source: SourceConfig, recipe: TrainConfig, rows: Selection, folder: s
     from conjoin.encoders.options import TowerOptions
     from conjoin.pipeline.checkpoints import save_encoder
 
-    towers = {name: recipe.towers.get(name, TowerConfig()) for name in source.modalities}
+    towers = {name: recipe.tower(name) for name in source.modalities}
     options = {
-        name: TowerOptions(**tower.model_dump(exclude={"tune"}), seed=recipe.seed) for name, tower in towers.items()
+        name: TowerOptions(**tower.model_dump(exclude={"tune", "dropout"}), seed=recipe.seed)
+        for name, tower in towers.items()
     }
     needs_captions = "text" in towers and towers["text"].model == "builtin"
     try:
@@ -200,7 +206,7 @@ def _features(
     from conjoin.pipeline.embedder import load
     from conjoin.pipeline.features import Frozen, compute
 
-    frozen = [name for name in source.modalities if recipe.towers.get(name, TowerConfig()).tune == "head"]
+    frozen = [name for name in source.modalities if recipe.tower(name).tune == "head"]
     if not frozen:
         return {}
     from conjoin.encoders.checkpoint import backbone_fingerprint

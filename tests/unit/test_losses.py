@@ -155,3 +155,12 @@ def test_ranks_sum_to_one_process_exactly(world: int, tmp_path: Path) -> None:
         summed = torch.stack([share[name] for share in shares]).sum(0)
         error = (summed - whole).norm() / whole.norm()
         assert error <= 1e-10, f"{name}: relative error {error:.1e}"
+
+
+def test_a_batch_without_pairs_costs_nothing_and_keeps_gradients_finite() -> None:
+    nothing, scale = torch.zeros(0, 4, requires_grad=True), torch.tensor(10.0, requires_grad=True)
+    loss = symmetric_infonce(nothing, nothing, scale, torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0
+    assert scale.grad is not None
+    assert scale.grad.item() == 0

@@ -143,3 +143,11 @@ def test_minilm_from_its_package() -> None:
     vectors = torch.nn.functional.normalize(vectors)
     assert vectors[0] @ vectors[1] > 0.7
     assert vectors[0] @ vectors[2] < 0.2
+
+
+def test_without_a_head_the_vectors_are_the_backbones_own() -> None:
+    tower = build_tower("text", TowerOptions(width=16, max_tokens=16, head="none"), 16, CAPTIONS)
+    features = tower.features(tower.collate(VALUES["text"]))
+    assert tower.project(features).equal(features)
+    with pytest.raises(ValueError, match="without a head dim must be 16"):
+        build_tower("text", TowerOptions(width=16, max_tokens=16, head="none"), 8, CAPTIONS)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from conjoin.encoders.spec import AudioTransform, ImageTransform
-from conjoin.encoders.transforms import augment_image, fit_image, log_mel, mel_filters, resample
+from conjoin.encoders.transforms import augment_image, drop_features, fit_image, log_mel, mel_filters, resample
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -128,3 +128,22 @@ def test_log_mel_frames_do_not_depend_on_padding() -> None:
     alone = log_mel(wave, AudioTransform())
     padded = log_mel(torch.nn.functional.pad(wave, (0, 9999)), AudioTransform())
     torch.testing.assert_close(padded[:, :, : alone.shape[2]], alone)
+
+
+def test_dropped_features_depend_on_the_row_key_and_not_on_the_batch() -> None:
+    features = torch.ones(300, 64)
+    keys = torch.randint(-(2**62), 2**62, (300,), generator=torch.Generator().manual_seed(0))
+    whole = drop_features(features, keys, 0.6)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    assert drop_features(features[order], keys[order], 0.6).equal(whole[order])
+    assert whole.unique().tolist() == pytest.approx([0.0, 2.5])
+    assert (whole == 0).float().mean().item() == pytest.approx(0.6, abs=0.02)
+    assert (whole == 0).float().mean(0).sub(0.6).abs().max() < 0.15
+    assert not drop_features(features, keys + 1, 0.6).equal(whole)
+
+
+def test_neighbouring_keys_drop_independently() -> None:
+    hidden = drop_features(torch.ones(2000, 32), torch.arange(2000), 0.5) == 0
+    agree = (hidden[1:] == hidden[:-1]).float().mean(1)
+    assert agree.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert agree.std().item() == pytest.approx(0.5 / 32**0.5, rel=0.1)
