@@ -30,6 +30,8 @@ _MIRRORED = {"=": "=", "!=": "!=", ">": "<", ">=": "<=", "<": ">", "<=": ">="}
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _TIMESTAMP = re.compile(r"\d{4}-\d{2}-\d{2}( \d{2}:\d{2}(:\d{2}(\.\d{1,6})?)?)?")
 _INT64 = 2**63
+# What a leaf may hold; anything else (ESCAPE, SYMMETRIC, a flag of a later sqlglot) would change its meaning.
+_UNDERSTOOD = {"this", "expression", "expressions", "low", "high", "negate"}
 
 
 def translate(node: exp.Expr, resolve: Resolve) -> str | None:
@@ -64,6 +66,14 @@ def equals(name: str, kind: pa.DataType, value: object) -> str | None:
 
 
 def _leaf(node: exp.Expr, resolve: Resolve) -> str | None:
+    if {key for key, value in node.args.items() if value} - _UNDERSTOOD:
+        return None
+    text = _positive(node, resolve)
+    negated = text is not None and node.args.get("negate")  # s NOT LIKE 'a' is one node, where NOT IN is two
+    return f"(NOT {text})" if negated else text
+
+
+def _positive(node: exp.Expr, resolve: Resolve) -> str | None:
     if type(node) in _COMPARISONS:
         return _comparison(node, resolve)
     column = resolve(node.this) if isinstance(node.this, exp.Column) else None
@@ -74,7 +84,7 @@ def _leaf(node: exp.Expr, resolve: Resolve) -> str | None:
         return f"({_quote(name)} IS NULL)" if _quotable(name) else None
     if isinstance(node, exp.In):
         return _in(node, name, kind)
-    if isinstance(node, exp.Between) and not node.args.get("symmetric"):
+    if isinstance(node, exp.Between):
         low, high = (_compare(name, kind, op, node.args[side]) for op, side in ((">=", "low"), ("<=", "high")))
         return f"({low} AND {high})" if low and high else None
     if type(node) is exp.Like:
@@ -96,10 +106,8 @@ def _compare(name: str, kind: pa.DataType, operator: str, literal: exp.Expr) -> 
 
 
 def _in(node: exp.In, name: str, kind: pa.DataType) -> str | None:
-    if node.args.get("query") or node.args.get("unnest") or node.args.get("field") or not node.expressions:
-        return None
     values = [_literal(item, kind, "=") for item in node.expressions]
-    if None in values or not _quotable(name):
+    if None in values or not values or not _quotable(name):
         return None
     return f"({_quote(name)} IN ({', '.join(value for value in values if value)}))"
 
