@@ -30,7 +30,8 @@ class ConjoinError(Exception):
 
     def __str__(self) -> str:
         text = self.what if not self.where else f"{self.what} [{self.where}]"
-        return text if not self.next else f"{text}. {self.next}"
+        stop = "" if text.endswith(("?", ".")) else "."
+        return text if not self.next else f"{text}{stop} {self.next}"
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.what, self.where, self.next, self.retryable)

@@ -5,14 +5,17 @@ Assumes: the SQL comes from our own syntax tree; every query has its own cursor,
 
 from __future__ import annotations
 
+import difflib
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from conjoin.pipeline.errors import QueryError
+from conjoin.pipeline.query.functions import FUNCTIONS
+from conjoin.pipeline.query.relations import nearest_name
 
 if TYPE_CHECKING:
     import duckdb
@@ -54,7 +57,7 @@ class Engine:
             relation = cursor.sql(sql, params=dict(parameters) or None)
             return relation.to_arrow_table() if fetch else None
         except duckdb.Error as error:
-            raise _explain(error) from None
+            raise _explain(error, _columns(sources)) from None
         finally:
             cursor.close()
 
@@ -67,13 +70,32 @@ class Engine:
             return self._connection.cursor()
 
 
-def _explain(error: Exception) -> QueryError:
+def _columns(sources: Mapping[str, object]) -> Iterable[str]:
+    return [name for source in sources.values() if isinstance(source, pa.Table) for name in source.column_names]
+
+
+def _explain(error: Exception, columns: Iterable[str]) -> QueryError:
     """DuckDB's message without its picture of the rewritten query, which is not what the user wrote."""
     text = str(error).split("\n\nLINE ")[0].strip()
     first, _, rest = text.partition("\n")
     what = re.sub(r"^[A-Z][\w -]* Error: ", "", first).rstrip("!.")
+    if unknown := _NO_COLUMN.search(what):
+        name = unknown[1] or unknown[3]
+        owner = f"{unknown[2]} has" if unknown[2] else "there is"
+        return QueryError(f"{owner} no column {name!r}{nearest_name(name, columns)}")
     bindings = re.search(r'Candidate bindings: "([^"]+)"', rest)
     tables = re.search(r'Candidate tables: "([^"]+)"', rest)
     meant = re.search(r'Did you mean "([^"]+)"', rest)
-    near = bindings or tables or meant
-    return QueryError(what, next=f"Did you mean {near[1]!r}?" if near else "")
+    if unknown := _NO_FUNCTION.search(what):
+        ours = difflib.get_close_matches(unknown[1].lower(), FUNCTIONS, 1, 0.7)
+        near = repr(ours[0]) if ours else repr(meant[1]) if meant else ""
+        return QueryError(f"there is no function {unknown[1]}()" + (f"; did you mean {near}?" if near else ""))
+    candidate = bindings or tables or meant
+    return QueryError(what, next=f"Did you mean {candidate[1]!r}?" if candidate else "")
+
+
+_NO_COLUMN = re.compile(
+    r'Referenced column "([^"]+)" (?:was )?not found|'
+    r'(?:Values list|Table) "([^"]+)" does not have a column named "([^"]+)"'
+)
+_NO_FUNCTION = re.compile(r"Function with name \"?(\w+)\"? does not exist")

@@ -5,6 +5,7 @@ Assumes: stored vectors have unit length and one encoder per column; its fingerp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -14,13 +15,19 @@ from sqlglot import exp
 
 from conjoin.pipeline.errors import QueryError
 from conjoin.pipeline.query.analysis import Analysis, Reference
-from conjoin.pipeline.query.parse import DIALECT, function_name
+from conjoin.pipeline.query.parse import DIALECT, function_name, shown
 from conjoin.pipeline.query.relations import Relation, nearest_name
 from conjoin.pipeline.store import VectorColumn
 
 Kind = Literal["text", "image", "audio", "id", "values"]
 _KINDS: Mapping[str, Kind] = {"text": "text", "image": "image", "audio": "audio", "vector_of": "id"}
 _MEASURES = ("distance", "similarity")
+FUNCTIONS = (*_MEASURES, *_KINDS)
+# What DuckDB itself offers, under its own names and sqlglot's.
+_RAW = re.compile(
+    r"((array|list)_)?(cosine_distance|cosine_similarity|(negative_)?(inner|dot)_product|euclidean_distance)|"
+    r"(array|list)_distance"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,9 @@ def rewrite(analysis: Analysis, bound: dict[str, object]) -> Rewritten:
 
     Raises QueryError for anything that cannot be compared.
     """
+    for node in analysis.tree.find_all(exp.Func):
+        if _RAW.fullmatch(function_name(node)):
+            _check_raw(analysis, node)
     wanted: list[Wanted] = []
     measures: dict[int, Measure] = {}
     taken: set[str] = set()
@@ -75,7 +85,7 @@ def rewrite(analysis: Analysis, bound: dict[str, object]) -> Rewritten:
     _name_outputs(nodes)
     for node in nodes:
         if len(node.expressions) != 2:
-            raise QueryError(f"{function_name(node)}() takes a vector column and a vector", where=node.sql(DIALECT))
+            raise QueryError(f"{function_name(node)}() takes a vector column and a vector", where=shown(node))
         left, right = (_side(analysis, bound, argument, taken) for argument in node.expressions)
         if left.column is None:
             left, right = right, left
@@ -85,9 +95,7 @@ def rewrite(analysis: Analysis, bound: dict[str, object]) -> Rewritten:
         bound.pop(name, None)
     for node in analysis.tree.find_all(exp.Anonymous):
         if function_name(node) in _KINDS:
-            raise QueryError(
-                f"{node.sql(DIALECT)} stands alone", next="Use it inside distance(column, ...) or similarity()"
-            )
+            raise QueryError(f"{shown(node)} stands alone", next="Use it inside distance(column, ...) or similarity()")
     return Rewritten(tuple(wanted), measures)
 
 
@@ -98,7 +106,7 @@ def _name_outputs(nodes: list[exp.Anonymous]) -> None:
         while output.parent is not None and not isinstance(output.parent, exp.Select):
             output = output.parent
         if output.parent is not None and output.arg_key == "expressions" and not output.alias:
-            name = function_name(node) if output is node else output.sql(DIALECT)
+            name = function_name(node) if output is node else shown(output)
             alias = exp.Alias(alias=exp.to_identifier(name, quoted=True))
             output.replace(alias)
             alias.set("this", output)  # the node itself: others know it by its identity
@@ -107,7 +115,7 @@ def _name_outputs(nodes: list[exp.Anonymous]) -> None:
 def _measured(
     node: exp.Anonymous, left: _Side, right: _Side, wanted: list[Wanted], measures: dict[int, Measure]
 ) -> exp.Expr:
-    where = node.sql(DIALECT)[:200]
+    where = shown(node)
     if left.column is None:
         raise QueryError(f"{function_name(node)}() needs a vector column", where=where)
     array = exp.DataType.build(f"FLOAT[{left.column.dim}]", dialect=DIALECT)
@@ -148,6 +156,15 @@ def _check_same_encoder(left: VectorColumn, right: VectorColumn | None, where: s
     raise QueryError(what, where=where)
 
 
+def _check_raw(analysis: Analysis, node: exp.Func) -> None:
+    """DuckDB's own measures compare whatever has the same length; not vectors of two encoders."""
+    sides = [argument.unnest() for argument in node.iter_expressions()]
+    origins = [analysis.origin(side) for side in sides if isinstance(side, exp.Column)]
+    vectors = [vector for found in origins if found and (vector := found[0].relation.vectors.get(found[1]))]
+    if len(vectors) == 2:
+        _check_same_encoder(vectors[0], vectors[1], shown(node))
+
+
 def _side(analysis: Analysis, bound: Mapping[str, object], node: exp.Expr, taken: set[str]) -> _Side:
     node = node.unnest()
     if isinstance(node, exp.Column):
@@ -160,9 +177,10 @@ def _side(analysis: Analysis, bound: Mapping[str, object], node: exp.Expr, taken
         return _Side(node, kind="values", value=bound[inner.name])
     if isinstance(inner, exp.Array):
         return _Side(node, kind="values", value=[_number(item) for item in inner.expressions])
-    what = "NULL" if isinstance(node, exp.Null) else node.sql(DIALECT)[:80]
+    what = "NULL" if isinstance(node, exp.Null) else shown(node)
+    near = nearest_name(function_name(node), _KINDS) if isinstance(node, exp.Anonymous) else ""
     raise QueryError(
-        f"{what} is not a vector",
+        f"{what} is not a vector{near}",
         next="Compare a vector column with text('...'), image('path'), vector_of(id) or a list",
     )
 
@@ -176,14 +194,14 @@ def _argument(node: exp.Anonymous, bound: Mapping[str, object], taken: set[str])
         return value.this if not isinstance(value, exp.Literal) or value.is_string else value.to_py()
     if isinstance(value, exp.Neg) and isinstance(value.this, exp.Literal):
         return value.to_py()
-    raise QueryError(f"{node.sql(DIALECT)[:80]} takes one literal or parameter")
+    raise QueryError(f"{shown(node)} takes one literal or parameter")
 
 
 def _number(node: exp.Expr) -> float:
     try:
         return float(node.to_py())
     except (ValueError, TypeError):
-        raise QueryError(f"{node.sql(DIALECT)[:40]} is not a number in a vector") from None
+        raise QueryError(f"{shown(node)} is not a number in a vector") from None
 
 
 def _column_side(analysis: Analysis, node: exp.Column) -> _Side:
@@ -191,7 +209,7 @@ def _column_side(analysis: Analysis, node: exp.Column) -> _Side:
     known = sorted({name for ref in analysis.references.values() for name in ref.relation.vectors})
     if origin is None:
         raise QueryError(
-            f"{node.sql(DIALECT)} is not a vector column that can be traced to a table{nearest_name(node.name, known)}"
+            f"{shown(node)} is not a vector column that can be traced to a table{nearest_name(node.name, known)}"
         )
     reference, name = origin
     vector = reference.relation.vectors.get(name)

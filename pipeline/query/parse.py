@@ -77,7 +77,10 @@ def parse(sql: str) -> exp.Query:
 
 def parse_condition(text: str) -> exp.Expr:
     """A WHERE condition alone. Raises QueryError like parse()."""
-    query = parse(f"SELECT 1 WHERE ({text}\n)")
+    try:
+        query = parse(f"SELECT 1 WHERE ({text}\n)")
+    except QueryError as error:  # its place counts from a SELECT that the user did not write
+        raise QueryError(error.what, where=text, next=error.next) from None
     where = query.args.get("where")
     others = {key for key, value in query.args.items() if value} - {"where", "expressions"}
     if not isinstance(where, exp.Where) or not isinstance(where.this, exp.Paren) or others:
@@ -118,6 +121,8 @@ def _tokens(sql: str) -> Sequence[Token]:
             raise QueryError("hint comments have no effect here, so they are refused", where=_place(sql, token.start))
         if token.token_type == TokenType.NULLSAFE_EQ:
             raise QueryError("the operator <=> is not known", where=_place(sql, token.start), next=_USE_DISTANCE)
+        if token.token_type == TokenType.HASH_ARROW and sql[token.start - 1 : token.start] == "<":
+            raise QueryError("the operator <#> is not known", where=_place(sql, token.start - 1), next=_USE_DISTANCE)
     return tokens
 
 
@@ -181,10 +186,12 @@ def _guard_table(node: exp.Table) -> None:
         raise QueryError(f"{node.sql(DIALECT)} is not a table")
     elif node.args.get("db") or node.args.get("catalog"):
         raise QueryError(f"the table {node.sql(DIALECT)} is not known: tables have plain names here")
-    if node.args.get("version") or node.args.get("when"):
+    alias = node.args.get("alias")
+    at_version = alias is not None and isinstance(alias.this, exp.Placeholder)  # emoji@v3
+    if node.args.get("version") or node.args.get("when") or at_version:
         raise QueryError(
             "versions cannot be named in SQL yet",
-            where=node.sql(DIALECT),
+            where=node.name if at_version else node.sql(DIALECT),
             next="Open another version and pass it as a frame: sql(..., before=cj.open(path, version))",
         )
 
@@ -195,6 +202,11 @@ def _guard_table_function(node: exp.Expr) -> None:
         raise QueryError(
             f"the table function {name}() is not allowed", next="Queries reach the table and the frames given, no file"
         )
+
+
+def shown(node: exp.Expr) -> str:
+    """A piece of a query for a message, functions in lower case."""
+    return node.sql(DIALECT, normalize_functions="lower")[:200]
 
 
 def function_name(node: exp.Expr) -> str:

@@ -14,7 +14,7 @@ from sqlglot import exp
 from conjoin.pipeline.query.analysis import Analysis, Reference
 from conjoin.pipeline.query.filters import conjuncts, translate
 from conjoin.pipeline.query.functions import Measure, Rewritten
-from conjoin.pipeline.query.parse import DIALECT
+from conjoin.pipeline.query.parse import shown
 
 # A top-k beyond this is answered by a scan: candidates would be most of a table.
 LARGEST_K = 5_000
@@ -57,7 +57,7 @@ def _plan(analysis: Analysis, rewritten: Rewritten, reference: Reference) -> Rea
     pushed, kept = _split(analysis, reference)
     text = " AND ".join(pushed) or None
     top, reason = _top(rewritten, reference, kept)
-    return Read(reference, columns, text, tuple(node.sql(DIALECT)[:200] for node in kept), top, reason)
+    return Read(reference, columns, text, tuple(shown(node) for node in kept), top, reason)
 
 
 def _cheapest(schema: pa.Schema) -> str:
@@ -123,7 +123,7 @@ def _top(rewritten: Rewritten, reference: Reference, kept: list[exp.Expr]) -> tu
     if measure is None or measure.reference is not reference:
         return None, "ORDER BY does not start with the distance to one vector"
     if kept:
-        return None, f"only DuckDB can evaluate {kept[0].sql(DIALECT)[:80]}"
+        return None, f"only DuckDB can evaluate {shown(kept[0])}"
     limit, offset = _count(select.args.get("limit")), _count(select.args.get("offset"), missing=0)
     if limit is None or offset is None:
         return None, "LIMIT is not a plain number"
