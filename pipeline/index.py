@@ -6,6 +6,7 @@ Assumes: the head version is complete and no other run works on it; building mak
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -103,8 +104,8 @@ def settings(uri: str, dataset: lance.LanceDataset) -> Mapping[str, Setting]:
 
 def _default(dataset: lance.LanceDataset, column: str) -> Setting:
     names = [i.name for i in dataset.describe_indices() if i.field_names == [column]]
-    partitions = max(part["num_partitions"] for part in dataset.stats.index_stats(names[0])["indices"])
-    return Setting(*_UNMEASURED, partitions)
+    parts = cast("list[dict[str, int]]", _statistics(dataset, names[0])["indices"])
+    return Setting(*_UNMEASURED, max(part["num_partitions"] for part in parts))
 
 
 def _directory(uri: str) -> str:
@@ -137,7 +138,12 @@ def _names(dataset: lance.LanceDataset) -> set[str]:
 
 
 def _unindexed(dataset: lance.LanceDataset, name: str) -> int:
-    return int(dataset.stats.index_stats(name)["num_unindexed_rows"])
+    return int(cast(int, _statistics(dataset, name)["num_unindexed_rows"]))
+
+
+def _statistics(dataset: lance.LanceDataset, name: str) -> dict[str, object]:
+    os.environ.setdefault("LANCE_INCLUDE_VECTOR_CENTROIDS", "false")  # unset, Lance warns on stderr
+    return cast("dict[str, object]", dataset.stats.index_stats(name))
 
 
 def _check_complete(dataset: lance.LanceDataset) -> None:
@@ -245,7 +251,7 @@ def _sample(dataset: lance.LanceDataset, column: store.VectorColumn) -> _Sample:
     for other in store.vector_columns(dataset).values():
         if other.fingerprint != column.fingerprint:
             continue
-        queries = _matrix(dataset.take(rows, columns=[other.name]).column(0).drop_null(), column.dim)[:_QUERIES]
+        queries = _queries(dataset, other, rows)
         if other.name == column.name:
             step = rng.normal(size=queries.shape).astype(np.float32)
             queries = queries + 0.5 * step / np.linalg.norm(step, axis=1, keepdims=True)
@@ -254,6 +260,15 @@ def _sample(dataset: lance.LanceDataset, column: store.VectorColumn) -> _Sample:
             groups.append(slice(done, done := done + len(queries)))
     queries_QD = np.concatenate(parts)
     return _Sample(queries_QD, _kth(dataset, column, queries_QD), tuple(groups))
+
+
+def _queries(dataset: lance.LanceDataset, column: store.VectorColumn, rows: np.ndarray) -> np.ndarray:
+    """Vectors of the rows; of the first rows that have one where most have none."""
+    found = dataset.take(rows, columns=[column.name]).column(0).drop_null()
+    if len(found) < _QUERIES:
+        present = f"`{column.name}` IS NOT NULL"
+        found = dataset.to_table(columns=[column.name], filter=present, limit=_QUERIES).column(0)
+    return _matrix(found, column.dim)[:_QUERIES]
 
 
 def _kth(dataset: lance.LanceDataset, column: store.VectorColumn, queries_QD: np.ndarray) -> np.ndarray:
