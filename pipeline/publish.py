@@ -231,7 +231,7 @@ def publish(uri: str, version: int, run_id: str, lease: Lease | None = None) -> 
 
 
 def rollback(uri: str, to: int | str | None = None) -> Entry:
-    """Point `live` back at `previous`, at a version number, or at what a run published.
+    """Point `live` back at `previous`, at a version that was live before, or at what a run published.
 
     A second rollback without `to` undoes the first. Raises TableError if there is nothing to go back to.
     """
@@ -252,7 +252,12 @@ def _rollback_target(uri: str, dataset: lance.LanceDataset, to: int | str | None
         if found is None:
             raise TableError(f"no run {to!r} was ever published", where=uri, next="`conjoin history` lists the runs")
         return found.version
-    return int(to)
+    version = int(to)
+    if all(entry.version != version for entry in history(uri)):
+        raise TableError(
+            f"version {version} was never published", where=uri, next="`conjoin history` lists the versions that were"
+        )
+    return version
 
 
 def history(uri: str) -> tuple[Entry, ...]:
