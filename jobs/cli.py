@@ -9,6 +9,7 @@ import datetime as dt
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ import typer
 
 if TYPE_CHECKING:
     from conjoin.jobs.config import RunFile
+    from conjoin.jobs.render import Style
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,6 +34,8 @@ Table = Annotated[str, typer.Argument(help="the run file, or a table's path (.la
 Set = Annotated[list[str], typer.Option("--set", help="override a field: --set train.epochs=3", metavar="FIELD=VALUE")]
 Date = Annotated[str | None, typer.Option("--date", help="the logical date, ${DATE} in the run file; default: today")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
+Csv = Annotated[bool, typer.Option("--csv", help="comma-separated values on stdout")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="write a .parquet, .csv or .json file")]
 DEFAULT = Path("conjoin.yaml")
 
 
@@ -76,11 +80,19 @@ def _read(file: Path, overrides: list[str], date: str | None) -> RunFile:
     return read_run_file(file, pairs, day)
 
 
-def _target_and(words: list[str]) -> tuple[str, str]:
+def _target_and(words: list[str], what: str) -> tuple[str, str]:
     """[FILE] TEXT: the last word is the text, one before it the run file or table."""
     if len(words) > 2:
-        raise typer.BadParameter(f"expected [FILE] and one text, got {len(words)} arguments; quote the text")
+        raise typer.BadParameter(f"expected [FILE] and {what}, got {len(words)} arguments; quote {what}")
+    if not words or (len(words) == 1 and words[0].endswith((".lance", ".yaml", ".yml"))):
+        raise typer.BadParameter(f"{what} is missing")
     return (words[0] if len(words) == 2 else str(DEFAULT)), words[-1]
+
+
+def _style(as_json: bool, as_csv: bool, out: Path | None) -> Style:
+    if as_json + as_csv + (out is not None) > 1:
+        raise typer.BadParameter("one of --json, --csv and --out")
+    return "json" if as_json else "csv" if as_csv else "table"
 
 
 def _logical_date(date: str | None) -> dt.date:
@@ -176,18 +188,23 @@ def query(
             metavar="[FILE] SQL", help="SELECT ... with text('..'), image('file'), distance(column, vector)"
         ),
     ],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="write a .parquet, .csv or .json file")] = None,
-    as_csv: Annotated[bool, typer.Option("--csv", help="comma-separated values on stdout")] = False,
+    out: Out = None,
+    as_csv: Csv = False,
     as_json: Json = False,
+    explain: Annotated[bool, typer.Option("--explain", help="say how it would be answered, do not answer it")] = False,
 ) -> None:
     """Answer SQL over the published table; FILE is a run file or a table's path."""
     from conjoin.jobs.config import table_of
     from conjoin.jobs.render import write_rows
     from conjoin.pipeline.query import open_table
 
-    target, sql = _target_and(words)
-    result = open_table(table_of(target)).sql(sql)
-    write_rows(result.to_arrow(), out=out, style="json" if as_json else "csv" if as_csv else "table")
+    target, sql = _target_and(words, "the SQL")
+    style = _style(as_json, as_csv, out)
+    table = open_table(table_of(target))
+    if explain:
+        print(table.explain(sql))
+        return
+    write_rows(table.sql(sql).to_arrow(), out=out, style=style)
 
 
 @app.command()
@@ -196,16 +213,21 @@ def search(
     image: Annotated[str | None, typer.Option(help="look for what is like this picture")] = None,
     where: Annotated[str | None, typer.Option(help="SQL condition over the table's columns")] = None,
     k: Annotated[int, typer.Option("-k", min=1, max=10_000, help="how many")] = 10,
+    out: Out = None,
+    as_csv: Csv = False,
     as_json: Json = False,
 ) -> None:
     """Find the records nearest to words or to a picture."""
     from conjoin.jobs.config import table_of
-    from conjoin.jobs.render import write_rows
+    from conjoin.jobs.render import readable, write_rows
     from conjoin.pipeline.query import open_table
 
-    target, text = _target_and(words or [""]) if image is None else ((words or [str(DEFAULT)])[0], "")
-    result = open_table(table_of(target)).search(text or None, image=image, where=where, k=k)
-    write_rows(result.to_arrow(), style="json" if as_json else "table")
+    given, style = words or [], _style(as_json, as_csv, out)
+    if image is not None and len(given) > 1:
+        raise typer.BadParameter("search for words or for an --image, not both")
+    target, text = _target_and(given, "what to look for") if image is None else ((given or [str(DEFAULT)])[0], None)
+    result = open_table(table_of(target)).search(text, image=image, where=where, k=k).to_arrow()
+    write_rows(readable(result) if style == "table" and out is None else result, out=out, style=style)
 
 
 @app.command()
@@ -221,13 +243,18 @@ def history(target: Table = str(DEFAULT), as_json: Json = False) -> None:
 @app.command()
 def rollback(
     target: Table = str(DEFAULT),
-    to: Annotated[int | None, typer.Option(help="a published version; default: the one before")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="a version that was live, or the run that published it; default: the one before")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Make an earlier version live again; readers follow at once."""
     from conjoin.jobs.config import table_of
+    from conjoin.jobs.render import moved
     from conjoin.pipeline.publish import rollback as move
 
-    print(move(table_of(target), to))
+    entry = move(table_of(target), to)
+    print(json.dumps(asdict(entry), indent=1) if as_json else moved(entry))
 
 
 @app.command()

@@ -57,23 +57,40 @@ def load(file: str | Path = "conjoin.yaml", *, date: dt.date | None = None, **ov
     return read_run_file(Path(file), [(key.replace("__", "."), value) for key, value in overrides.items()], date)
 
 
+_GIVE_A_FILE = "Give a run file (conjoin.yaml) or a table (<name>.lance)"
+
+
 def read_run_file(file: Path, overrides: list[tuple[str, object]], date: dt.date | None) -> RunFile:
     """Overrides are (dotted field, value); strings are parsed as YAML."""
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError("no run file", where=str(file), next="`conjoin init DATA` writes one") from error
+    except IsADirectoryError as error:
+        raise ConfigError("a folder is no run file", where=str(file), next=_GIVE_A_FILE) from error
+    except OSError as error:
+        raise ConfigError(f"cannot read the run file: {error.strerror}", where=str(file)) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not valid YAML: {error}", where=str(file)) from error
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", where=str(file)) from error
+    except OSError as error:
+        raise ConfigError(f"cannot read the run file: {error.strerror}", where=str(file)) from error
     if not isinstance(raw, dict):
         raise ConfigError("a run file is a mapping of sections", where=str(file))
     for field, value in overrides:
-        _override(raw, field.split("."), yaml.safe_load(value) if isinstance(value, str) else value)
+        _override(raw, field.split("."), _value(value) if isinstance(value, str) else value)
     filled = _fill(raw, {**os.environ, "DATE": (date or dt.date.today()).isoformat()}, str(file))  # noqa: DTZ011
     try:
         return RunFile.model_validate(filled)
     except ValidationError as error:
         raise ConfigError(_explain(error), where=str(file)) from None
+
+
+def _value(text: str) -> object:
+    """YAML, or the text itself where it is none: a template as "{title}. {brand}" needs no second quotes."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _override(raw: dict[str, Any], path: list[str], value: object) -> None:
@@ -126,7 +143,9 @@ def _known(path: tuple[int | str, ...]) -> list[str]:
 
 
 def table_of(target: str) -> str:
-    """URI of the table that a run file, or a table's own path, stands for."""
+    """URI of the table that a run file, or a table's own path, stands for. Raises ConfigError for neither."""
     if target.rstrip("/").endswith(".lance"):
         return target.rstrip("/")
+    if "://" in target:
+        raise ConfigError("not a table's path", where=target, next=_GIVE_A_FILE)
     return read_run_file(Path(target), [], None).table.path

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from conjoin.jobs.nightly import RunReport
     from conjoin.pipeline.evaluate import Evaluation
     from conjoin.pipeline.metrics import Estimate
+    from conjoin.pipeline.publish import Entry
 
 Style = Literal["table", "json", "csv"]
 
@@ -39,23 +40,45 @@ def facts(found: Mapping[str, object], indent: int = 0) -> str:
 
 
 def write_rows(rows: pa.Table, *, out: Path | None = None, style: Style = "table") -> None:
-    """To a file by its suffix, else to stdout in a style."""
+    """To a file by its suffix, whose path is printed, else to stdout in a style. Raises ConfigError for a bad path."""
     if out is None:
         sys.stdout.write(_json(rows) if style == "json" else _csv(rows) if style == "csv" else _text(rows))
         return
-    if out.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        pq.write_table(rows, out)
-    elif out.suffix in (".csv", ".json"):
-        out.write_text(_csv(rows) if out.suffix == ".csv" else _json(rows), encoding="utf-8")
-    else:
+    if out.suffix not in (".parquet", ".csv", ".json"):
         raise ConfigError(
             f"cannot write {out.suffix or 'a file without a suffix'}",
             where=str(out),
             next="Use .parquet, .csv or .json",
         )
+    try:
+        _write(rows, out)
+    except OSError as error:
+        raise ConfigError(f"cannot write the file: {error.strerror or error}", where=str(out)) from error
     print(out)
+
+
+def _write(rows: pa.Table, out: Path) -> None:
+    if out.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        pq.write_table(rows, out)
+    else:
+        out.write_text(_csv(rows) if out.suffix == ".csv" else _json(rows), encoding="utf-8")
+
+
+def readable(rows: pa.Table) -> pa.Table:
+    """Without the columns that a terminal cannot show: pictures and hashes."""
+    import pyarrow as pa
+
+    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+    return rows.select([field.name for field in rows.schema if not any(is_kind(field.type) for is_kind in kinds)])
+
+
+def moved(entry: Entry) -> str:
+    """One line about a rollback."""
+    before = f", before it version {entry.before}" if entry.before is not None else ""
+    run = f" of run {entry.run_id}" if entry.run_id else ""
+    return f"version {entry.version}{run} with {entry.num_rows:,} rows is live{before}"
 
 
 def _plain(value: object) -> object:
@@ -72,9 +95,9 @@ def _plain(value: object) -> object:
 
 
 def _json(rows: pa.Table) -> str:
-    return (
-        json.dumps([{name: _plain(value) for name, value in row.items()} for row in rows.to_pylist()], indent=1) + "\n"
-    )
+    """An array with one row a line, so that vectors stay on one."""
+    lines = [json.dumps({name: _plain(value) for name, value in row.items()}) for row in rows.to_pylist()]
+    return "[\n" + ",\n".join(f" {line}" for line in lines) + "\n]\n" if lines else "[]\n"
 
 
 def _csv(rows: pa.Table) -> str:
@@ -82,10 +105,15 @@ def _csv(rows: pa.Table) -> str:
     import io
 
     buffer = io.StringIO()
-    writer = csv.writer(buffer)
+    writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(rows.column_names)
-    writer.writerows([_plain(value) for value in row.values()] for row in rows.to_pylist())
+    writer.writerows([_csv_cell(value) for value in row.values()] for row in rows.to_pylist())
     return buffer.getvalue()
+
+
+def _csv_cell(value: object) -> object:
+    plain = _plain(value)
+    return json.dumps(plain) if isinstance(plain, list | dict) else plain
 
 
 def _text(rows: pa.Table) -> str:
@@ -101,7 +129,11 @@ def _text(rows: pa.Table) -> str:
         table.add_row(*(Text(_cell(value)) for value in row.values()))
     with console.capture() as captured:
         console.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + f"\n({rows.num_rows} rows)\n"
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + f"\n{_count(rows.num_rows)}\n"
+
+
+def _count(num_rows: int) -> str:
+    return "(1 row)" if num_rows == 1 else f"({num_rows:,} rows)"
 
 
 def _cell(value: object) -> str:

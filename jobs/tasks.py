@@ -6,7 +6,7 @@ Assumes: everything that is decided is in the run file; this only hands its sect
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 from conjoin.pipeline.errors import ConfigError
@@ -56,9 +56,12 @@ def evaluate(
 
 
 def history_rows(uri: str) -> pa.Table:
-    """What was published and rolled back, oldest first, as a table."""
+    """What was published and rolled back, newest first, as a table. Raises TableError if there is no table."""
     import pyarrow as pa
 
-    from conjoin.pipeline.publish import history
+    from conjoin.pipeline.publish import Entry, history
+    from conjoin.pipeline.store import open_version
 
-    return pa.Table.from_pylist([asdict(entry) for entry in history(uri)])
+    open_version(uri, None)
+    rows = [asdict(entry) for entry in history(uri)]
+    return pa.table({field.name: [row[field.name] for row in rows] for field in fields(Entry)})
