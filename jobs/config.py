@@ -72,8 +72,6 @@ def read_run_file(file: Path, overrides: list[tuple[str, object]], date: dt.date
         raise ConfigError(f"cannot read the run file: {error.strerror}", where=str(file)) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", where=str(file)) from error
-    except OSError as error:
-        raise ConfigError(f"cannot read the run file: {error.strerror}", where=str(file)) from error
     if not isinstance(raw, dict):
         raise ConfigError("a run file is a mapping of sections", where=str(file))
     for field, value in overrides:
