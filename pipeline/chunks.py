@@ -165,10 +165,17 @@ def _chunk(recipe: Recipe, start: int, table: pa.Table, seen: Mapping[str, set[b
         if modality == "text":
             columns["text"] = _as_embedded(values, tower)
         if f"{modality}_uri" in recipe.schema.names:
-            columns[f"{modality}_uri"] = uris_of(recipe.source, table, modality)
+            uris = uris_of(recipe.source, table, modality)  # None where this file's column has no type at all
+            columns[f"{modality}_uri"] = _no_texts(table.num_rows) if uris is None else uris
         thumbnail_px = recipe.thumbnail_px if modality == "image" else 0
         decoded[modality] = decode(tower, _once(values, hashes, seen[modality]), thumbnail_px=thumbnail_px)
     return Chunk(start, _table(columns), decoded)
+
+
+def _no_texts(count: int) -> pa.Array:
+    import pyarrow as pa
+
+    return pa.nulls(count, pa.string())
 
 
 def _table(columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> pa.Table:
