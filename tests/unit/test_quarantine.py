@@ -1,0 +1,97 @@
+"""The quarantine table: a run replaces its own rows, readers see those of their version's runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lance
+import pyarrow as pa
+import pytest
+
+from conjoin.pipeline import state, store
+from conjoin.pipeline.quarantine import quarantine_schema, read_quarantine, replace_rows
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    return str(tmp_path / "things.lance")
+
+
+def rows(run_id: str, *ids: str | int) -> pa.Table:
+    kind = pa.int64() if ids and isinstance(ids[0], int) else pa.string()
+    entries = [
+        {
+            "id": key,
+            "modality": "image",
+            "run_id": run_id,
+            "stage": "decode",
+            "reason": f"why {key}",
+            "file": "/data/a.parquet",
+            "row_group": 0,
+            "row": number,
+        }
+        for number, key in enumerate(ids)
+    ]
+    return pa.Table.from_pylist(entries, quarantine_schema(kind))
+
+
+def stored(uri: str) -> list[tuple[str, str]]:
+    found = lance.dataset(store.quarantine_uri(uri)).to_table().to_pylist()
+    return sorted((row["run_id"], row["id"]) for row in found)
+
+
+def publish(uri: str, run_id: str, *quarantine: str) -> None:
+    """A version of the table whose manifest names these runs."""
+    metadata = {"conjoin:fingerprint": "f", "conjoin:modality": "text", "conjoin:metric": "cosine"}
+    field = pa.field(
+        "text_vec", pa.list_(pa.float32(), 2), metadata={**metadata, "conjoin:dim": "2", "conjoin:encoder": "e"}
+    )
+    schema = pa.schema([pa.field("id", pa.string(), nullable=False), field])
+    head = store.head(uri)
+    table = pa.table([pa.array(["a"]), pa.array([[1.0, 0.0]], field.type)], schema=schema)
+    fragments = [store.stage(uri, table, first=head is None)]
+    manifest = state.Manifest(run_id, "f", "e", "c", "p", 1, (), quarantine)
+    state.write_manifest(uri, manifest)
+    version = 0 if head is None else int(head.version)
+    store.commit(uri, store.Commit(run_id, schema, fragments, version, {store.STATE: state.manifest_path(run_id)}))
+
+
+def test_a_repeated_run_replaces_its_own_rows_only(uri: str) -> None:
+    replace_rows(uri, "one", rows("one", "a", "b"))
+    replace_rows(uri, "two", rows("two", "b"))
+    replace_rows(uri, "one", rows("one", "a", "c"))
+    replace_rows(uri, "one", rows("one", "a", "c"))
+    assert stored(uri) == [("one", "a"), ("one", "c"), ("two", "b")]
+    replace_rows(uri, "one", rows("one"))
+    assert stored(uri) == [("two", "b")]
+
+
+def test_a_run_without_bad_rows_makes_no_table(uri: str) -> None:
+    replace_rows(uri, "one", rows("one"))
+    assert store.head(store.quarantine_uri(uri)) is None
+    publish(uri, "one", "one")
+    assert read_quarantine(uri, None) is None
+
+
+def test_a_version_shows_the_rows_of_its_runs(uri: str) -> None:
+    replace_rows(uri, "one", rows("one", "a"))
+    publish(uri, "one", "one")
+    replace_rows(uri, "two", rows("two", "b"))
+    before = read_quarantine(uri, None)
+    publish(uri, "two", "two")
+    after = read_quarantine(uri, None)
+    assert before is not None
+    assert after is not None
+    assert before["id"].to_pylist() == ["a"]
+    assert after.select(["id", "reason"]).to_pylist() == [{"id": "b", "reason": "why b"}]
+
+
+@pytest.mark.parametrize(("first", "second"), [((7, 8), ("a",)), (("a",), (7, 8))], ids=["to-text", "to-numbers"])
+def test_ids_of_another_type_lose_nothing(
+    uri: str, first: tuple[str | int, ...], second: tuple[str | int, ...]
+) -> None:
+    replace_rows(uri, "one", rows("one", *first))
+    for _ in range(2):
+        replace_rows(uri, "two", rows("two", *second))
+        expected = [("one", str(key)) for key in first] + [("two", str(key)) for key in second]
+        assert stored(uri) == sorted(expected)
