@@ -51,10 +51,12 @@ def translate(node: exp.Expr, resolve: Resolve) -> str | None:
 
 
 def conjuncts(node: exp.Expr | None) -> list[exp.Expr]:
-    """The parts of a condition that must all hold."""
+    """The parts of a condition that must all hold; TRUE is none."""
     if node is None:
         return []
     node = node.unnest()
+    if isinstance(node, exp.Boolean) and node.this:
+        return []
     return [part for side in node.flatten() for part in conjuncts(side)] if isinstance(node, exp.And) else [node]
 
 

@@ -210,8 +210,9 @@ def _explain(read: Read, choice: Choice | None, versions: Mapping[str, int]) -> 
     relation = read.reference.relation
     if choice is None:
         return f"{relation.name}: {read.reason}, {len(read.columns)} columns"
+    few = f"nearest rows first, but a scan of {choice.rows:,} is quicker" if read.top else read.reason
     ways = {
-        "scan": f"exact scan ({read.reason})",
+        "scan": f"exact scan ({few})",
         "exact": f"exact nearest-neighbour search, {choice.fetch} candidates ({read.reason}; no index in use)",
         "index": f"index search, {choice.fetch} candidates from {choice.nprobes} partitions ({read.reason})",
     }

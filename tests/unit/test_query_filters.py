@@ -157,5 +157,5 @@ def test_quotes_in_strings_and_odd_names() -> None:
 
 
 def test_conjuncts_are_taken_apart() -> None:
-    parts = conjuncts(parse_condition("a = 1 AND (b = 2 AND (c = 3 OR d = 4))"))
+    parts = conjuncts(parse_condition("a = 1 AND (b = 2 AND TRUE AND (c = 3 OR d = 4))"))
     assert [part.sql("duckdb") for part in parts] == ["a = 1", "b = 2", "c = 3 OR d = 4"]

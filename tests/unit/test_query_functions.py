@@ -126,4 +126,5 @@ def test_a_column_without_a_fingerprint_is_not_compared(make_table: Callable[...
 
 def test_outputs_are_named_as_they_were_written(table: Table) -> None:
     outputs = "distance(image_vec, [1, 0, 0, 0]), 1 - avg(distance(image_vec, text_vec))"
-    assert table.sql(f"SELECT {outputs} FROM things GROUP BY 1").columns == ["distance", "1 - avg(distance(image_vec, text_vec))"]
+    columns = table.sql(f"SELECT {outputs} FROM things GROUP BY 1").columns
+    assert columns == ["distance", "1 - avg(distance(image_vec, text_vec))"]
