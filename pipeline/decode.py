@@ -207,14 +207,17 @@ def _opened(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=_formats())
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         found = re.search(r"\d{6,}", str(error))
-        size = f"{int(found[0]):,}" if found else "too many"
-        raise BadRecord(f"{size} pixels, at most {MAX_PIXELS:,} are decoded") from None
+        raise _too_large(int(found[0]) if found else None) from None
     except UnidentifiedImageError:
         raise BadRecord(f"not a picture that can be read ({len(data)} bytes, begins with {data[:8].hex()})") from None
     if image.width * image.height > MAX_PIXELS:
-        size = image.width * image.height
-        raise BadRecord(f"{size:,} pixels, at most {MAX_PIXELS:,} are decoded")
+        raise _too_large(image.width * image.height)
     return image
+
+
+def _too_large(num_pixels: int | None) -> BadRecord:
+    size = "too many" if num_pixels is None else f"{num_pixels:,}"
+    return BadRecord(f"{size} pixels, at most {MAX_PIXELS:,} are decoded")
 
 
 @cache
