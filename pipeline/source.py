@@ -256,9 +256,26 @@ def _in_plain_types(config: SourceConfig, file: str, table: pa.Table, names: lis
     types = {name: columns.plain_id if name == config.id else columns.plain for name in names}
     fields = [(name, types[name](table.schema.field(name).type)) for name in names]
     try:
-        return table.select(names).cast(pa.schema(fields))
+        found = table.select(names).cast(pa.schema(fields))
     except pa.ArrowInvalid as error:
         raise SourceError(f"a value does not fit its type: {_first_line(error)}", where=file) from error
+    for name in names:
+        _check_nested(found[name], name, file)
+    return found
+
+
+def _check_nested(column: pa.ChunkedArray, name: str, file: str) -> None:
+    """Text in structs and maps cannot be mended row by row, as single texts and lists of them are."""
+    import pyarrow as pa
+
+    kind = column.type.value_type if pa.types.is_list(column.type) else column.type
+    if not pa.types.is_nested(kind):
+        return
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        what = f"column {name!r} of type {column.type} holds text that is not UTF-8"
+        raise SourceError(what, where=file, next="Write the file again, or leave the column out") from error
 
 
 def _picked(

@@ -29,6 +29,10 @@ PREFIX = "conjoin:"
 RUN_ID, FINGERPRINT, PLAN, STATE = "run_id", "fingerprint", "plan_digest", "state_manifest"
 
 
+# Names that Lance or LanceDB give to columns of their own.
+_RESERVED = {"_rowid", "_rowaddr", "_rowoffset", "_distance", "_score", "_relevance_score"}
+
+
 class TableConfig(Section):
     """Where the vectors go; `<directory or bucket>/<name>.lance` is a plain Lance dataset."""
 
@@ -103,14 +107,22 @@ def table_schema(layout: Layout) -> pa.Schema:
         pa.field(f"{name}_vec", layout.vector_type, metadata=_vector_metadata(layout, name))
         for name in layout.modalities
     ]
-    taken = {"id", *(field.name for field in own)}
-    if clash := sorted(taken & set(layout.kept.names)):
-        raise TableError(
-            f"keep: the table has a column {clash[0]!r} of its own", next="Leave it out of keep, or rename it"
-        )
+    _check_names(layout.kept.names, {"id", *(field.name for field in own)})
     return pa.schema(
         [pa.field("id", layout.id_type, nullable=False), *(field.remove_metadata() for field in layout.kept), *own]
     )
+
+
+def _check_names(kept: Sequence[str], own: set[str]) -> None:
+    """Kept columns that Lance takes, and that SQL, which knows no capitals, tells from each other and from ours."""
+    advice = "Leave it out of keep, or rename it"
+    seen = {name.lower(): "the table has a column {!r} of its own" for name in own | _RESERVED}
+    for name in kept:
+        if not name or "." in name:
+            raise TableError(f"keep: a column of a table cannot be named {name!r}", next=advice)
+        if why := seen.get(name.lower()):
+            raise TableError(f"keep: {why.format(name)}", next=advice)
+        seen[name.lower()] = "{!r} is there twice, but for capitals"
 
 
 def _vector_metadata(layout: Layout, modality: str) -> dict[str, str]:

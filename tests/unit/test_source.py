@@ -95,6 +95,23 @@ def test_an_id_beyond_int64_is_named(tmp_path: Path) -> None:
         read_rows(config, str(tmp_path / "a.parquet"), 0, ["id"])
 
 
+def test_text_in_a_struct_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    inner = pa.array([b"ok", b"\xff"], pa.binary()).view(pa.string())
+    table = pa.table({"id": ["a", "b"], "facts": pa.StructArray.from_arrays([inner], ["brand"])})
+    pq.write_table(table, tmp_path / "a.parquet")
+    config = SourceConfig(path=str(tmp_path), id="id", keep=["facts"])
+    with pytest.raises(
+        SourceError, match=r"column 'facts' of type struct.*not UTF-8.*a\.parquet.*leave the column out"
+    ):
+        read_rows(config, str(tmp_path / "a.parquet"), 0, ["id", "facts"])
+
+
+def test_the_names_of_all_columns_of_a_file(config: SourceConfig, tmp_path: Path) -> None:
+    assert source.column_names(str(tmp_path / "a.parquet")) == ["id", "title", "price"]
+    with pytest.raises(SourceError, match="a file of the source is gone"):
+        source.column_names(str(tmp_path / "c.parquet"))
+
+
 def test_the_schema_says_what_modalities_hold(config: SourceConfig) -> None:
     found = source.check_source(config)
     assert found.contents == {"text": "text"}

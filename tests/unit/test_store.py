@@ -198,3 +198,20 @@ def test_an_unreadable_place_is_an_error_of_ours(tmp_path: Path) -> None:
     (uri / "_versions" / "1.manifest").write_bytes(b"torn")
     with pytest.raises(ConjoinError):
         store.open_version(str(uri))
+
+
+@pytest.mark.parametrize(
+    ("kept", "words"),
+    [
+        (["text_vec"], "the table has a column 'text_vec' of its own"),
+        (["ID"], "the table has a column 'ID' of its own"),
+        (["_distance"], "the table has a column '_distance' of its own"),
+        (["Price", "price"], "'price' is there twice, but for capitals"),
+        (["size.cm"], "cannot be named 'size.cm'"),
+        ([""], "cannot be named ''"),
+    ],
+    ids=str,
+)
+def test_kept_columns_that_a_table_cannot_have(kept: list[str], words: str) -> None:
+    with pytest.raises(TableError, match=rf"keep: .*{words}.*Leave it out of keep"):
+        store.table_schema(layout(kept=pa.schema([(name, pa.int64()) for name in kept])))
