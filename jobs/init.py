@@ -57,8 +57,11 @@ def write_run_file(data: str | None, out: Path, name: str | None, force: bool) -
     modalities = [key for key in ("image", "text", "audio") if key in source]
     towers = "\n".join(f"    {key}: {{model: builtin, tune: all}}" for key in modalities)
     text += _REST.format(name=table_name, table=f"vectors/{table_name}.lance", folder="vectors", towers=towers)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write the run file: {error.strerror}", where=str(out), next="Pass --out") from error
     return [
         f"{key}: {value}  ({reasons[key]})" if key in reasons else f"{key}: {value}" for key, value in source.items()
     ]

@@ -7,10 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 _ROWS = 200
 _PICTURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM")
@@ -32,16 +28,11 @@ class Guess:
 
 def guess(path: str) -> Guess:
     """Raises SourceError if the data cannot be read."""
-    import pyarrow.parquet as pq
+    from conjoin.pipeline import listing
+    from conjoin.pipeline.source import first_rows, python_values
 
-    from conjoin.pipeline import listing, storage
-
-    first = listing.parquet_files(path)[0].uri
-    fs, place = storage.filesystem(first)
-    with pq.ParquetFile(place, filesystem=fs) as file:
-        rows = next(file.iter_batches(_ROWS), None)
-        table = file.schema_arrow.empty_table() if rows is None else _table(rows)
-    values = {name: [v for v in table[name].to_pylist() if v is not None] for name in table.column_names}
+    table = first_rows(listing.parquet_files(path)[0].uri, _ROWS)
+    values = {name: [v for v in python_values(table[name]) if v is not None] for name in table.column_names}
     columns: dict[str, object] = {}
     reasons: dict[str, str] = {}
     _add(columns, reasons, "id", _id(values))
@@ -56,12 +47,6 @@ def guess(path: str) -> Guess:
     ]
     columns["keep"] = ([str(columns["text"])] if "text" in columns else []) + kept[:_MOST_KEPT]
     return Guess(columns, reasons)
-
-
-def _table(rows: pa.RecordBatch) -> pa.Table:
-    import pyarrow as pa
-
-    return pa.Table.from_batches([rows])
 
 
 def _add(columns: dict[str, object], reasons: dict[str, str], field: str, found: tuple[str, str] | None) -> None:

@@ -48,6 +48,7 @@ __all__ = [
     "content_hash",
     "content_hashes",
     "dataset",
+    "first_rows",
     "group_values",
     "kept_of",
     "list_source",
@@ -153,6 +154,18 @@ def column_names(file: str) -> list[str]:
     def read() -> list[str]:
         with _open(file) as parquet:
             return list(parquet.schema_arrow.names)
+
+    return _reading(read, file)
+
+
+def first_rows(file: str, most: int) -> pa.Table:
+    """The first rows of a file, all columns as they are. Raises SourceError if it is gone or no Parquet."""
+    import pyarrow as pa
+
+    def read() -> pa.Table:
+        with _open(file) as parquet:
+            rows = next(parquet.iter_batches(most), None)
+            return parquet.schema_arrow.empty_table() if rows is None else pa.Table.from_batches([rows])
 
     return _reading(read, file)
 

@@ -110,6 +110,18 @@ def test_what_is_no_run_file(conjoin: Run, tmp_path: Path, content: str | None, 
     assert f"[{file}]" in err
 
 
+def test_a_run_file_cannot_be_made(conjoin: Run, run_file: Path) -> None:
+    out = run_file.parent / "new.yaml"
+    code, err = conjoin("init", str(run_file), "--out", str(out))
+    assert code == 1
+    assert sentence(err).startswith("not a readable Parquet file: ")
+    assert f"[{run_file}]" in err
+    code, err = conjoin("init", str(run_file.parent / "rows.parquet"), "--out", str(run_file / "below.yaml"))
+    assert code == 2
+    assert sentence(err).startswith("cannot write the run file: ")
+    assert not out.exists()
+
+
 def test_no_table_to_read(conjoin: Run, tmp_path: Path) -> None:
     table = str(tmp_path / "nothing.lance")
     code, err = conjoin("query", table, "SELECT * FROM nothing")
