@@ -174,10 +174,12 @@ def plan_run(catalog: Catalog, run_id: str, found: Survey, *, full: bool) -> Pla
     types, TableError for a table that is somebody else's, another encoder's or another source's.
     """
     from conjoin.pipeline.ids import check_ids
+    from conjoin.pipeline.quarantine import check_quarantine
     from conjoin.pipeline.source import schema_of
     from conjoin.pipeline.store import check_fits, check_ours
 
     head = check_ours(catalog.table.path)
+    check_quarantine(catalog.table.path)
     columns = schema_of(catalog.source)
     schema, thumbnail_px = _lay_out(catalog, found, columns, head)
     if head is not None and not full:

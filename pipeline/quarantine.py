@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from conjoin.pipeline import storage
+from conjoin.pipeline.errors import TableError
 from conjoin.pipeline.state import read_manifest
 from conjoin.pipeline.store import LIVE, STORAGE_VERSION, head, open_version, quarantine_uri
 
 if TYPE_CHECKING:
+    import lance
     import pyarrow as pa
 
 
@@ -30,18 +32,34 @@ def replace_rows(uri: str, run_id: str, rows: pa.Table) -> None:
     """Make `rows` (of quarantine_schema) what run `run_id` has in quarantine; repeating it changes nothing.
 
     Two commits, delete and append: readers filter by the live manifest, which does not name this run yet. Where the
-    ids' type changed (a `--full` run over another source) all of them become strings. Raises StorageError.
+    ids' type changed (a `--full` run over another source) all of them become strings. Raises StorageError, and
+    TableError if the table there is somebody else's.
     """
     target = quarantine_uri(uri)
     with storage.explaining("write the quarantine", target):
         _replace(target, run_id, rows)
 
 
+def check_quarantine(uri: str) -> None:
+    """Raises TableError if a table of somebody else lies where the quarantine of the table at `uri` goes."""
+    _ours(quarantine_uri(uri))
+
+
+def _ours(target: str) -> lance.LanceDataset | None:
+    import pyarrow as pa
+
+    dataset = head(target)
+    if dataset is not None and dataset.schema.names != quarantine_schema(pa.string()).names:
+        what = "there is a table in the place of the quarantine, and conjoin did not make it"
+        raise TableError(what, where=target, next="Move it away, or give table.path another name")
+    return dataset
+
+
 def _replace(target: str, run_id: str, rows: pa.Table) -> None:
     import lance
     import pyarrow as pa
 
-    dataset = head(target)
+    dataset = _ours(target)
     mode = "create" if dataset is None else "append"
     if dataset is not None:
         dataset.delete(f"run_id = '{run_id}'")

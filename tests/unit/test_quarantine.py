@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from conjoin.pipeline import state, store
-from conjoin.pipeline.quarantine import quarantine_schema, read_quarantine, replace_rows
+from conjoin.pipeline.errors import TableError
+from conjoin.pipeline.quarantine import check_quarantine, quarantine_schema, read_quarantine, replace_rows
 
 
 @pytest.fixture
@@ -95,3 +96,13 @@ def test_ids_of_another_type_lose_nothing(
         replace_rows(uri, "two", rows("two", *second))
         expected = [("one", str(key)) for key in first] + [("two", str(key)) for key in second]
         assert stored(uri) == sorted(expected)
+
+
+def test_a_table_of_somebody_else_is_left_alone(uri: str) -> None:
+    theirs = pa.table({"run_id": ["one"], "id": ["a"]})
+    lance.write_dataset(theirs, store.quarantine_uri(uri))
+    with pytest.raises(TableError, match=r"conjoin did not make it.*things__quarantine\.lance.*Move it away"):
+        replace_rows(uri, "one", rows("one", "a"))
+    with pytest.raises(TableError, match="conjoin did not make it"):
+        check_quarantine(uri)
+    assert lance.dataset(store.quarantine_uri(uri)).to_table() == theirs
