@@ -69,6 +69,8 @@ def _read(uri: str) -> bytes:
         return _read_http(uri)
     if scheme in ("s3", "s3a"):
         fs, path = storage.filesystem(uri)
+        if not path.partition("/")[2]:
+            raise StorageError("a bucket, not an object in it", where=uri)
         return cast(bytes, fs.cat_file(path))
     if scheme == "file":
         return _read_file(uri)
