@@ -79,7 +79,7 @@ def _guess(data: str | None) -> tuple[dict[str, object], dict[str, str]]:
 def _source_section(source: dict[str, object], reasons: dict[str, str]) -> str:
     lines = ["source:"]
     for key, value in source.items():
-        entry = yaml.safe_dump({key: value}, default_flow_style=None, sort_keys=False, width=1000).strip()
+        entry = yaml.safe_dump({key: value}, default_flow_style=True, allow_unicode=True, width=10**6).strip()[1:-1]
         lines.append(f"  {entry}" + (f"    # {reasons[key]}" if key in reasons else ""))
     if "group" not in source:
         lines.append(
