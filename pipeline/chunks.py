@@ -39,12 +39,13 @@ PATIENCE_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What decoding needs. schema: the table's; thumbnail_px: 0 for none."""
+    """What decoding needs. schema: the table's; thumbnail_px: 0 for none; threads: of one piece, 0: all CPUs."""
 
     source: SourceConfig
     towers: Mapping[str, TowerSpec]
     schema: pa.Schema
     thumbnail_px: int
+    threads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,8 @@ def _chunk(recipe: Recipe, start: int, table: pa.Table, seen: Mapping[str, set[b
             uris = uris_of(recipe.source, table, modality)  # None where this file's column has no type at all
             columns[f"{modality}_uri"] = _no_texts(table.num_rows) if uris is None else uris
         thumbnail_px = recipe.thumbnail_px if modality == "image" else 0
-        decoded[modality] = decode(tower, _once(values, hashes, seen[modality]), thumbnail_px=thumbnail_px)
+        fresh = _once(values, hashes, seen[modality])
+        decoded[modality] = decode(tower, fresh, thumbnail_px=thumbnail_px, threads=recipe.threads)
     return Chunk(start, _table(columns), decoded)
 
 

@@ -10,8 +10,9 @@ import io
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
@@ -34,7 +35,7 @@ Stage = Literal["read", "fetch", "decode", "embed"]
 MAX_PIXELS = 89_478_485
 # Formats that are pictures and nothing else; Pillow would also run Ghostscript on an EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA")
-_LARGE_PIXELS = 16_000_000
+_PIXELS_AT_ONCE = 24_000_000
 _SHRINK_GAP = 2
 _SILENCE = 1e-4
 _RATES_HZ = (1_000, 768_000)
@@ -49,7 +50,32 @@ _TURNS: Mapping[int, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_large = threading.Lock()
+
+
+class _Gate:
+    """Pictures are decoded side by side while their pixels stay below a limit; a larger one waits to be alone.
+
+    Otherwise memory would grow with the number of threads.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._used, self._changed = most, 0, threading.Condition()
+
+    @contextmanager
+    def passing(self, pixels: int) -> Iterator[None]:
+        share = min(pixels, self._most)
+        with self._changed:
+            self._changed.wait_for(lambda: self._used + share <= self._most)
+            self._used += share
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= share
+                self._changed.notify_all()
+
+
+_gate = _Gate(_PIXELS_AT_ONCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +119,8 @@ def decode(tower: TowerSpec, values: Sequence[object], *, thumbnail_px: int = 0,
     """Decode one modality's values: None, bytes, str (a text, or a URI), or lists of these.
 
     thumbnail_px: long side of the WebP thumbnails of pictures, 0 for none; they are made of the decoded picture, which
-    of a large JPEG is twice the tower's size, so they may be smaller. threads: 0 takes the CPUs of this process.
-    Everything is kept in memory: give Embedder.chunk inputs at a time.
+    of a large JPEG is twice the tower's size, so they may be smaller. threads: that decode, 0 takes the CPUs of this
+    process; addresses are fetched by more. Everything is kept in memory: give Embedder.chunk inputs at a time.
     """
     lists = [_items(tower, value) for value in values]
     unique = list({item: None for items in lists for item in items})
@@ -134,17 +160,24 @@ def _hashable(item: object) -> object:
 def _decode_all(tower: TowerSpec, values: list[object], thumbnail_px: int, threads: int) -> list[_Item]:
     if tower.kind == "text":
         return [_guarded(lambda value=value: _Item(_text(value))) for value in values]  # type: ignore[misc]
-    fetcher = Fetcher()
-    has_uris = any(isinstance(value, str) for value in values)
-    workers = max(threads or len(os.sched_getaffinity(0)), CONCURRENCY if has_uris else 1)
+    fetcher, make = Fetcher(), _MEDIA[tower.kind]
+    workers = min(threads or len(os.sched_getaffinity(0)), len(values))
 
     def one(value: object) -> _Item:
-        return _guarded(lambda: _MEDIA[tower.kind](tower, _bytes(value, fetcher), thumbnail_px))
+        return _guarded(lambda: make(tower, _bytes(value, fetcher), thumbnail_px))
 
-    if min(workers, len(values)) <= 1:
-        return [one(value) for value in values]
-    with ThreadPoolExecutor(workers, "decode") as pool:
-        return list(pool.map(one, values))
+    if not any(isinstance(value, str) for value in values):
+        if workers <= 1:
+            return [one(value) for value in values]
+        with ThreadPoolExecutor(workers, "decode") as pool:
+            return list(pool.map(one, values))
+
+    # Many threads fetch, few decode: every thread that decodes keeps memory of its own.
+    def fetched(value: object) -> _Item:
+        return _guarded(lambda: decoders.submit(make, tower, _bytes(value, fetcher), thumbnail_px).result())
+
+    with ThreadPoolExecutor(workers, "decode") as decoders, ThreadPoolExecutor(CONCURRENCY, "fetch") as fetchers:
+        return list(fetchers.map(fetched, values))
 
 
 def _guarded(make: Callable[[], _Item]) -> _Item:
@@ -195,9 +228,8 @@ def _kind(value: object) -> str:
 def _image(tower: TowerSpec, data: bytes, thumbnail_px: int) -> _Item:
     transform = cast(ImageTransform, tower.transform)
     image = _opened(data)
-    if image.width * image.height <= _LARGE_PIXELS:
-        return _pixels(image, transform, thumbnail_px)
-    with _large:  # one at a time, or memory would grow with the number of threads
+    image.draft(None, _enough(image.size, transform))
+    with _gate.passing(image.width * image.height):
         return _pixels(image, transform, thumbnail_px)
 
 
@@ -228,7 +260,6 @@ def _formats() -> tuple[str, ...]:
 
 
 def _pixels(image: Image.Image, transform: ImageTransform, thumbnail_px: int) -> _Item:
-    image.draft(None, _enough(image.size, transform))
     image.load()
     picture = opaque(_upright(image), transform.background)
     thumbnail = _thumbnail(picture, thumbnail_px) if thumbnail_px else None

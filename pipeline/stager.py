@@ -84,7 +84,9 @@ class Stager:
         plan, source = self._plan, self._order.catalog.source
         towers = {name: self._embedder.spec.towers[name] for name in plan.modalities}
         gathered = Gathered(self._embedder, plan.schema, plan.modalities, rows.num_rows)
-        recipe = Recipe(source, towers, plan.schema, plan.thumbnail_px)
+        # An actor's share of the CPUs, over the tasks that decode for it.
+        threads = max(1, self._order.threads // max(1, self._order.ahead))
+        recipe = Recipe(source, towers, plan.schema, plan.thumbnail_px, threads)
         for chunk in chunks(recipe, self._pieces(rows), self._order.ahead):
             gathered.add(chunk)
         return self._leave(unit, rows, gathered, started)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import soundfile
 from PIL import Image
 
 from conjoin.encoders.spec import AudioTransform, ImageTransform, TextTransform, TowerSpec
+from conjoin.pipeline import decode as module
 from conjoin.pipeline.decode import MAX_PIXELS, Decoded, decode
 
 TEXT = TowerSpec("text", "transformer", {}, 8, TextTransform(16))
@@ -270,6 +273,41 @@ def test_thumbnails_keep_proportions_and_do_not_change_pixels() -> None:
 
 def _same(one: Decoded, other: Decoded) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(one.values, other.values, strict=True)) and one.bad == other.bad
+
+
+def test_large_pictures_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = module._Gate(2_000)
+    monkeypatch.setattr(module, "_gate", gate)
+    used: list[int] = []
+    load = module._pixels
+
+    def noting(*given: object) -> object:
+        used.append(gate._used)
+        return load(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_pixels", noting)
+    sizes = [(20, 50), (10, 10), (90, 90), (20, 50), (40, 40), (1, 1)] * 4
+    values = [encoded(Image.new("RGB", size, (n, 0, 0)), "PNG") for n, size in enumerate(sizes)]
+    found = decode(IMAGE, values, threads=8)
+    assert len(found.values) == len(sizes)
+    assert max(used) <= 2_000
+    assert gate._used == 0
+
+
+def test_many_threads_fetch_but_few_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: set[str] = set()
+    decode_pixels = module._pixels
+
+    def noting(*given: object) -> object:
+        names.add(threading.current_thread().name)
+        return decode_pixels(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_pixels", noting)
+    for number in range(20):
+        (tmp_path / f"{number}.png").write_bytes(encoded(Image.new("RGB", (40, 40), (number, 0, 0)), "PNG"))
+    found = decode(IMAGE, [str(tmp_path / f"{number}.png") for number in range(20)], threads=2)
+    assert [int(value[8, 8, 0]) for value in found.values] == list(range(20))  # type: ignore[call-overload]
+    assert len(names) <= 2
 
 
 def test_threads_change_nothing() -> None:
