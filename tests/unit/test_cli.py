@@ -52,25 +52,41 @@ def fingerprint(tiny_encoder: Path) -> str:
     return load(str(tiny_encoder)).fingerprint
 
 
+def write(make: Callable[..., Any], folder: Path, fingerprint: str, encoder: Path) -> str:
+    """A published table and its run file."""
+    uri = str(make(f"{folder}/things.lance", 40, dim=8, fingerprint=fingerprint, encoder=str(encoder), live=False).uri)
+    publish.publish(uri, 1, "things-2024-01-01")
+    source = {"path": "rows.parquet", "id": "id", "text": "caption"}
+    fields = {"name": "things", "source": source, "table": {"path": uri}}
+    (folder / "conjoin.yaml").write_text(yaml.safe_dump(fields))
+    return uri
+
+
+@pytest.fixture(scope="module")
+def shared(
+    make_table_at: Callable[..., Any], fingerprint: str, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    return write(make_table_at, tmp_path_factory.mktemp("cli"), fingerprint, tiny_encoder)
+
+
 @pytest.fixture
-def table(
-    make_table: Callable[..., Any],
+def table(shared: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A table, its run file in the current directory; every test sees the same."""
+    monkeypatch.chdir(Path(shared).parent)
+    return shared
+
+
+@pytest.fixture
+def fresh(
+    make_table_at: Callable[..., Any],
     fingerprint: str,
     tiny_encoder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> str:
-    """A table and its run file in the current directory."""
-    uri = str(make_table(40, dim=8, fingerprint=fingerprint, encoder=str(tiny_encoder), live=False).uri)
-    publish.publish(uri, 1, "things-2024-01-01")
-    fields = {
-        "name": "things",
-        "source": {"path": "rows.parquet", "id": "id", "text": "caption"},
-        "table": {"path": uri},
-    }
-    (tmp_path / "conjoin.yaml").write_text(yaml.safe_dump(fields))
+    """The same for one test alone."""
     monkeypatch.chdir(tmp_path)
-    return uri
+    return write(make_table_at, tmp_path, fingerprint, tiny_encoder)
 
 
 def usage(done: Done, words: str) -> None:
@@ -101,13 +117,13 @@ def test_a_query_as_json_and_csv(conjoin: Run, table: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "json"])
-def test_a_query_into_a_file(conjoin: Run, table: str, tmp_path: Path, suffix: str) -> None:
+def test_a_query_into_a_file(conjoin: Run, table: str, suffix: str) -> None:
     done = conjoin("query", SQL, "-o", f"out.{suffix}")
     assert (done.code, done.out, done.err) == (0, f"out.{suffix}\n", "")
     if suffix == "parquet":
-        assert pq.read_table(tmp_path / "out.parquet").num_rows == 3
+        assert pq.read_table("out.parquet").num_rows == 3
     else:
-        assert "row-0-" in (tmp_path / f"out.{suffix}").read_text()
+        assert "row-0-" in Path(f"out.{suffix}").read_text()
 
 
 def test_a_query_explained(conjoin: Run, table: str) -> None:
@@ -167,8 +183,8 @@ def test_a_search_for_words(conjoin: Run, table: str) -> None:
     assert [line.split()[0] for line in shown[1:-1]] == [row["id"] for row in rows]
 
 
-def test_a_search_for_a_picture(conjoin: Run, table: str, tmp_path: Path) -> None:
-    Image.new("RGB", (20, 20), (200, 30, 30)).save(tmp_path / "red.png")
+def test_a_search_for_a_picture(conjoin: Run, table: str) -> None:
+    Image.new("RGB", (20, 20), (200, 30, 30)).save("red.png")
     done = conjoin("search", "--image", "red.png", "-k", "2", "--csv")
     assert (done.code, done.err) == (0, "")
     assert len(done.out.splitlines()) == 3
@@ -190,14 +206,14 @@ def test_search_errors(conjoin: Run, table: str, words: list[str], message: str)
     assert done.err.startswith(message)
 
 
-def test_history_and_rollback(conjoin: Run, table: str, make_table: Callable[..., Any]) -> None:
+def test_history_and_rollback(conjoin: Run, fresh: str, make_table: Callable[..., Any]) -> None:
     done = conjoin("rollback")
     assert (done.code, done.out) == (1, "")
     assert "nothing to roll back to" in done.err
     make_table(41, dim=8, mode="overwrite", live=False)
-    publish.publish(table, 2, "things-2024-01-02")
+    publish.publish(fresh, 2, "things-2024-01-02")
     assert conjoin("rollback").out == ("version 1 of run things-2024-01-01 with 40 rows is live, before it version 2\n")
-    entry = json.loads(conjoin("rollback", table, "--to", "things-2024-01-02", "--json").out)
+    entry = json.loads(conjoin("rollback", fresh, "--to", "things-2024-01-02", "--json").out)
     assert (entry["action"], entry["version"], entry["live"]) == ("rollback", 2, True)
     rows = json.loads(conjoin("history", "--json").out)
     assert [(row["action"], row["version"], row["live"]) for row in rows] == [
@@ -206,7 +222,7 @@ def test_history_and_rollback(conjoin: Run, table: str, make_table: Callable[...
         ("publish", 2, False),
         ("publish", 1, False),
     ]
-    assert conjoin("history", table).out.splitlines()[-1] == "(4 rows)"
+    assert conjoin("history", fresh).out.splitlines()[-1] == "(4 rows)"
     done = conjoin("rollback", "--to", "7")
     assert (done.code, done.out) == (1, "")
     assert "version 7 was never published" in done.err

@@ -14,15 +14,16 @@ from conjoin.pipeline.query import Table, open_table
 OTHER = "f" * 32
 
 
-@pytest.fixture
-def table(make_table: Callable[..., Any]) -> Table:
-    return open_table(make_table(20, dim=4).uri)
+@pytest.fixture(scope="module")
+def table(make_table_at: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Table:
+    return open_table(make_table_at(f"{tmp_path_factory.mktemp('table')}/things.lance", 20, dim=4).uri)
 
 
-@pytest.fixture
-def other(make_table: Callable[..., Any], tmp_path: Any) -> Table:
+@pytest.fixture(scope="module")
+def other(make_table_at: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Table:
     """A table of another encoder with as many dimensions."""
-    return open_table(make_table(5, dim=4, uri=f"{tmp_path}/other.lance", fingerprint=OTHER).uri)
+    uri = f"{tmp_path_factory.mktemp('other')}/other.lance"
+    return open_table(make_table_at(uri, 5, dim=4, fingerprint=OTHER).uri)
 
 
 def test_distance_is_exact_and_similarity_its_complement(make_table: Callable[..., Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from conjoin.pipeline import store
 from conjoin.pipeline.errors import QueryError
 from conjoin.pipeline.query.analysis import analyse
 from conjoin.pipeline.query.functions import rewrite
@@ -17,11 +18,9 @@ from conjoin.pipeline.query.relations import Relation, frame_relation, table_rel
 D = "distance(image_vec, [1, 0, 0, 0])"
 
 
-@pytest.fixture
-def relations(make_table: Callable[..., Any]) -> dict[str, Relation]:
-    from conjoin.pipeline import store
-
-    made = make_table(12, dim=4)
+@pytest.fixture(scope="module")
+def relations(make_table_at: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Relation]:
+    made = make_table_at(f"{tmp_path_factory.mktemp('plan')}/things.lance", 12, dim=4)
     table = table_relation("things", made.uri, store.open_version(made.uri))
     return {"things": table, "deals": frame_relation("deals", [{"id": "row-0-000001", "rebate": 3}])}
 

@@ -84,7 +84,7 @@ def test_a_selective_filter_loses_no_rows(indexed: Indexed, where: str, share: f
     keep = indexed.made.rows["stock"].to_numpy() < share * ROWS
     sql = f"SELECT id FROM things WHERE {where} ORDER BY distance(image_vec, $v) LIMIT 10"
     assert "index search" in indexed.table.explain(sql, {"v": queries(1)[0]})
-    assert recall(indexed, where, keep) >= 0.99
+    assert recall(indexed, where, keep) >= 0.97  # 300 answers; losing rows gave .94 to .32
 
 
 def test_distances_shown_are_exact_not_those_of_the_index(indexed: Indexed) -> None:

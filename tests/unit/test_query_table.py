@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from conjoin.pipeline.errors import QueryError, TableError
-from conjoin.pipeline.query import open_table
+from conjoin.pipeline.query import Table, open_table
 from conjoin.pipeline.query.execute import Engine
 
 
@@ -85,6 +85,12 @@ def test_frames_that_do_not_fit(make_table: Callable[..., Any], frames: dict[str
         open_table(make_table(5, dim=4).uri).sql("SELECT 1", **frames)
 
 
+@pytest.fixture(scope="module")
+def five(make_table_at: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Table:
+    """Five rows, for whatever does not change them."""
+    return open_table(make_table_at(f"{tmp_path_factory.mktemp('five')}/things.lance", 5, dim=4).uri)
+
+
 @pytest.mark.parametrize(
     ("sql", "message"),
     [
@@ -97,9 +103,9 @@ def test_frames_that_do_not_fit(make_table: Callable[..., Any], frames: dict[str
         ("SELECT id FROM things ORDER BY distance(image_vec, [1, 0, 0, 0]) LIMIT -1", "negative"),
     ],
 )
-def test_errors_name_the_nearest(make_table: Callable[..., Any], sql: str, message: str) -> None:
+def test_errors_name_the_nearest(five: Table, sql: str, message: str) -> None:
     with pytest.raises(QueryError, match=message):
-        open_table(make_table(5, dim=4).uri).sql(sql)
+        five.sql(sql)
 
 
 @pytest.mark.parametrize(
@@ -161,9 +167,9 @@ def fingerprint(tiny_encoder: Path) -> str:
     ],
     ids=["nothing", "both", "k", "column", "syntax", "name"],
 )
-def test_searches_that_cannot_be(make_table: Callable[..., Any], options: dict[str, Any], message: str) -> None:
+def test_searches_that_cannot_be(five: Table, options: dict[str, Any], message: str) -> None:
     with pytest.raises(QueryError, match=message):
-        open_table(make_table(5, dim=4).uri).search(**options)
+        five.search(**options)
 
 
 def test_a_directory_with_one_table_is_enough(make_table: Callable[..., Any], tmp_path: Path) -> None:

@@ -25,9 +25,15 @@ def encoder(tiny_encoder: Path) -> Embedder:
     return load(str(tiny_encoder))
 
 
-@pytest.fixture
-def table(make_table: Callable[..., Any], encoder: Embedder, tiny_encoder: Path) -> Table:
-    return open_table(make_table(20, dim=8, fingerprint=encoder.fingerprint, encoder=str(tiny_encoder)).uri)
+@pytest.fixture(scope="module")
+def table(
+    make_table_at: Callable[..., Any],
+    encoder: Embedder,
+    tiny_encoder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Table:
+    uri = f"{tmp_path_factory.mktemp('vectors')}/things.lance"
+    return open_table(make_table_at(uri, 20, dim=8, fingerprint=encoder.fingerprint, encoder=str(tiny_encoder)).uri)
 
 
 def distance_to(table: Table, expression: str, vector: np.ndarray, params: dict[str, object] | None = None) -> float:
