@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
+from conjoin.jobs.stopping import stoppable
 from conjoin.pipeline.errors import ConfigError
 from conjoin.pipeline.progress import ShowProgress, silent
 
@@ -25,9 +26,10 @@ def train(config: RunFile, *, progress: ShowProgress = silent) -> TrainReport:
     from conjoin.pipeline import train as stage
     from conjoin.pipeline import workers
 
-    if config.cluster.address:
-        workers.start(config.cluster.address)
-    return stage.train(config.name, config.source, config.train, progress=progress)
+    with stoppable():
+        if config.cluster.address:
+            workers.start(config.cluster.address)
+        return stage.train(config.name, config.source, config.train, progress=progress)
 
 
 def evaluate(

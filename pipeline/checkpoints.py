@@ -6,8 +6,9 @@ that can be seen is whole; the newest two are kept.
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,10 +37,11 @@ class Progressed:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """tensors: trained parameters by name, `optimizer.<name>.<slot>` and `best.<name>`."""
+    """tensors: trained parameters by name, `optimizer.<name>.<slot>` and `best.<name>`; log: a record per step."""
 
     progressed: Progressed
     tensors: Mapping[str, torch.Tensor]
+    log: Sequence[Mapping[str, float]]
 
 
 def write(directory: str, checkpoint: Checkpoint) -> None:
@@ -49,6 +51,8 @@ def write(directory: str, checkpoint: Checkpoint) -> None:
     target = storage.join(directory, f"{checkpoint.progressed.step:010d}")
     body = save({name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()})
     storage.write_bytes(storage.join(target, "tensors.safetensors"), body)
+    lines = "".join(f"{json.dumps(record)}\n" for record in checkpoint.log)
+    storage.write_bytes(storage.join(target, "log.jsonl"), lines.encode())
     storage.write_json(storage.join(target, _STATE), asdict(checkpoint.progressed))
     for old in _steps(directory)[:-_KEPT]:
         storage.remove(storage.join(directory, f"{old:010d}", _STATE))
@@ -65,10 +69,12 @@ def newest(directory: str) -> Checkpoint | None:
         try:
             raw = storage.read_json(storage.join(folder, _STATE))
             tensors = load(storage.read_bytes(storage.join(folder, "tensors.safetensors")))
+            lines = storage.read_bytes(storage.join(folder, "log.jsonl")).decode().splitlines()
         except (StorageError, SafetensorError):
             continue
         raw.pop("format")
-        return Checkpoint(Progressed(**raw), tensors)  # type: ignore[arg-type]  # our own JSON
+        log = [json.loads(line) for line in lines]
+        return Checkpoint(Progressed(**raw), tensors, log)  # type: ignore[arg-type]  # our own JSON
     return None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import combinations
@@ -24,7 +24,7 @@ from conjoin.pipeline import checkpoints, metrics
 from conjoin.pipeline.checkpoints import Checkpoint, Progressed
 from conjoin.pipeline.errors import TrainError
 from conjoin.pipeline.order import Order, Positions
-from conjoin.pipeline.steps import Decoded, Raw, Reader, rank_steps, stream
+from conjoin.pipeline.steps import Decoded, Raw, Reader, Values, rank_steps, stream
 
 if TYPE_CHECKING:
     from conjoin.encoders.joint import JointEncoder
@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     from conjoin.pipeline.source import SourceConfig
     from conjoin.pipeline.train import TrainConfig
 
-Say = Callable[[dict[str, float]], None]
+Say = Callable[[Sequence[Mapping[str, float]]], None]
 _MAX_VALIDATION = 2048
 _EMBED_AT_ONCE = 256
+_LENGTHS = 4
+_VALIDATION_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class Place:
 
 
 class Loop:
-    """One rank's training run; `directory` holds the checkpoints, `say` takes a record of figures (rank 0 only)."""
+    """One rank's training run; `directory` holds the checkpoints, `say` takes a record of figures per step (rank 0)."""
 
     def __init__(self, encoder: JointEncoder, data: Data, recipe: TrainConfig, place: Place) -> None:
         self.encoder, self.data, self.recipe, self.place = encoder.to(place.device), data, recipe, place
@@ -73,10 +75,15 @@ class Loop:
         self.every = self.order.steps_per_epoch if every == "epoch" else every
         self.progressed = Progressed(0)
         self.best: dict[str, torch.Tensor] = {}
+        self.log: list[Mapping[str, float]] = []
+        self.validation: dict[int, Mapping[str, Decoded]] = {}
+        self.room = _VALIDATION_BYTES
 
     def run(self, directory: str, say: Say) -> Progressed:
         """Train from the newest checkpoint to the end. Raises TrainError when the loss is not finite."""
         self._resume(directory)
+        if self.place.rank == 0:
+            say(self.log)
         saved_at = started = time.monotonic()
         rows_done = 0
         for step, values in enumerate(self._batches(), self.progressed.step):
@@ -89,8 +96,9 @@ class Loop:
             self.progressed = Progressed(step + 1, self.progressed.best_step, self.progressed.best_score)
             if due:
                 record |= self._validate()
+            self.log.append(record)
             if self.place.rank == 0:
-                say(record)
+                say([record])
                 if due and (last or time.monotonic() - saved_at >= self.recipe.checkpoint_every_s):
                     self._save(directory)
                     saved_at = time.monotonic()
@@ -160,9 +168,16 @@ class Loop:
         present = torch.from_numpy(found.present).to(device)
         if not found.values:
             return torch.zeros(0, self.encoder.spec.towers[name].width, device=device), present
-        inputs = {key: value.to(device) for key, value in self.encoder.collate(name, found.values).items()}
+        parts = _by_length(found.values)
         with torch.autocast(device.type, torch.bfloat16) if self.place.precision == "bf16" else nullcontext():
-            return self.encoder.features(name, inputs).float(), present
+            done = [self._pooled(name, [found.values[place] for place in part]) for part in parts]
+        back = torch.from_numpy(np.argsort(np.concatenate(parts))).to(device)
+        return torch.cat(done)[back], present
+
+    def _pooled(self, name: str, values: Values) -> torch.Tensor:
+        """(B, W) float32 of a tower that is trained whole."""
+        inputs = {key: value.to(self.place.device) for key, value in self.encoder.collate(name, values).items()}
+        return self.encoder.features(name, inputs).float()
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
@@ -190,10 +205,9 @@ class Loop:
 
     def _embed_validation(self, rows: Positions) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         done: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in self.encoder.spec.towers}
-        reader = Reader(self.data.source, self.data.validation, self.raws, self.recipe.seed, augment=False)
         for start in range(0, len(rows), _EMBED_AT_ONCE):
             piece = rows[start : start + _EMBED_AT_ONCE]
-            decoded = reader.read(piece, 0) if self.raws else {}
+            decoded = self._decoded_validation(piece)
             for name, parts in done.items():
                 features, present = self._features(name, piece, decoded, len(self.data.train))
                 parts.append((self.encoder.project(name, features), present))
@@ -202,19 +216,30 @@ class Loop:
             for n, ps in done.items()
         }
 
+    def _decoded_validation(self, piece: Positions) -> Mapping[str, Decoded]:
+        """The same rows at every validation: decoded once where they fit into memory."""
+        if not self.raws or int(piece[0]) in self.validation:
+            return self.validation.get(int(piece[0]), {})
+        reader = Reader(self.data.source, self.data.validation, self.raws, self.recipe.seed, augment=False)
+        decoded = reader.read(piece, 0)
+        self.room -= sum(value.num_bytes for value in decoded.values())
+        if self.room >= 0:
+            self.validation[int(piece[0])] = decoded
+        return decoded
+
     def _save(self, directory: str) -> None:
         tensors: dict[str, torch.Tensor] = dict(self.trained)
         for name, parameter in self.trained.items():
             state = self.optimizer.state[parameter]
             tensors |= {f"optimizer.{name}.{slot}": value for slot, value in state.items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        checkpoints.write(directory, Checkpoint(self.progressed, tensors))
+        checkpoints.write(directory, Checkpoint(self.progressed, tensors, self.log))
 
     def _resume(self, directory: str) -> None:
         found = checkpoints.newest(directory)
         if found is None:
             return
-        self.progressed = found.progressed
+        self.progressed, self.log = found.progressed, list(found.log)
         for name, parameter in self.trained.items():
             parameter.data.copy_(found.tensors[name])
             prefix = f"optimizer.{name}."
@@ -224,6 +249,15 @@ class Loop:
             }
         best = {name: found.tensors[f"best.{name}"] for name in self.trained if f"best.{name}" in found.tensors}
         self.best = {name: value.to(self.place.device) for name, value in best.items()}
+
+
+def _by_length(values: Values) -> list[Positions]:
+    """Places of a batch's values in up to _LENGTHS parts of like lengths: short clips are not padded to long ones."""
+    lengths = np.array([len(value) for value in values])
+    order = np.argsort(lengths, kind="stable")
+    if lengths.max() < 2 * max(lengths.min(), 1):
+        return [order]
+    return [part for part in np.array_split(order, _LENGTHS) if len(part)]
 
 
 def _row_keys(drawn_by: tuple[int, int, int], rows: Positions) -> Positions:

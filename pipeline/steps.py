@@ -47,6 +47,10 @@ class Decoded:
     values: Values
     present: NDArray[np.bool_]
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(value.nbytes if isinstance(value, np.ndarray) else len(value) for value in self.values)
+
 
 @dataclass(frozen=True, slots=True)
 class Reader:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _TOKENIZER_CAPTIONS = 200_000
 _POLL_S = 0.5
+_LOG_EVERY_S = 5.0
 # What these say changes nothing about the weights that come out.
 _BESIDE_THE_POINT = {"output", "workers", "validate_every", "checkpoint_every_s"}
 
@@ -286,7 +287,7 @@ def _worker(config: dict[str, Any]) -> None:
     place = Place(context.get_world_rank(), context.get_world_size(), device, precision)
     encoder: JointEncoder = load(storage.join(folder, "initial"), device="cpu").encoder
     loop = Loop(encoder, ray.get(config["data"]), recipe, place)
-    loop.run(storage.join(folder, "checkpoints"), lambda record: ray.get(config["sink"].put.remote(record)))
+    loop.run(storage.join(folder, "checkpoints"), lambda records: ray.get(config["sink"].put.remote(records)))
     if place.rank == 0:
         save_encoder(encoder, storage.join(folder, "last"), {"step": loop.progressed.step})
         with torch.no_grad():
@@ -303,8 +304,8 @@ class Sink:
     def __init__(self) -> None:
         self._records: list[dict[str, float]] = []
 
-    def put(self, record: dict[str, float]) -> None:
-        self._records.append(record)
+    def put(self, records: Sequence[dict[str, float]]) -> None:
+        self._records += records
 
     def drain(self) -> list[dict[str, float]]:
         drained, self._records = self._records, []
@@ -320,9 +321,7 @@ class _Log:
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self.last: dict[str, float] = {}
         self._lines: dict[int, str] = {}
-        if storage.exists(self._uri):
-            for line in storage.read_bytes(self._uri).decode().splitlines():
-                self._lines[int(json.loads(line)["step"])] = line
+        self._written_at = time.monotonic()
 
     def __enter__(self) -> _Log:
         self._thread.start()
@@ -346,9 +345,9 @@ class _Log:
             self.last |= record
             facts = {name: value for name, value in self.last.items() if name not in ("step", "total")}
             self._progress(Progress("train", record["step"], record["total"], "steps", facts))
-        if records:
-            kept = [line for step, line in sorted(self._lines.items()) if step <= records[-1]["step"]]
-            storage.write_bytes(self._uri, ("\n".join(kept) + "\n").encode())
+        if self._lines and (self._stop.is_set() or time.monotonic() - self._written_at >= _LOG_EVERY_S):
+            self._written_at = time.monotonic()
+            storage.write_bytes(self._uri, "".join(f"{line}\n" for _, line in sorted(self._lines.items())).encode())
 
 
 def _finish(folder: str, rows: int, figures: Mapping[str, float], seconds: float) -> TrainReport:
