@@ -42,7 +42,7 @@ class Analysis:
         """What a scope selects from, by lower-case alias; None for a table function."""
         return {
             alias.lower(): source if isinstance(source, Scope) else self.references.get(id(source))
-            for alias, (_, source) in scope.selected_sources.items()
+            for alias, (_, source) in _selected(scope).items()
         }
 
     def origin(self, column: exp.Column, scope: Scope | None = None) -> tuple[Reference, str] | None:
@@ -99,7 +99,7 @@ def analyse(tree: exp.Query, relations: Mapping[str, Relation]) -> Analysis:
     """Resolve the tables of a query. relations are by lower-case name. Raises QueryError for an unknown table."""
     try:
         scopes = traverse_scope(tree)
-        selected = [(scope, node, source) for scope in scopes for node, source in scope.selected_sources.values()]
+        selected = [(scope, node, source) for scope in scopes for node, source in _selected(scope).values()]
     except OptimizeError as error:
         raise QueryError(f"the query cannot be resolved: {error}", next="Give every table its own alias") from None
     analysis = Analysis(tree, scopes, {}, {})
@@ -114,10 +114,31 @@ def analyse(tree: exp.Query, relations: Mapping[str, Relation]) -> Analysis:
     for scope in scopes:
         for column in scope.columns:
             analysis.scope_of_column.setdefault(id(column), scope)
+    _place_shadowed(analysis)
     for select in tree.find_all(exp.Select):
         _expand_exclusions(analysis, select)
     _count_columns(analysis)
     return analysis
+
+
+def _selected(scope: Scope) -> dict[str, tuple[exp.Expr, exp.Table | Scope]]:
+    """What stands in FROM and JOIN, by alias; unlike sqlglot's own, with the right side of SEMI and ANTI joins."""
+    found: dict[str, tuple[exp.Expr, exp.Table | Scope]] = {}
+    for alias, node in scope.references:
+        if alias in found:
+            raise OptimizeError(f"Alias already used: {alias}")
+        if alias in scope.sources:
+            found[alias] = (node, scope.sources[alias])
+    return found
+
+
+def _place_shadowed(analysis: Analysis) -> None:
+    """Columns in ORDER BY that an output's name shadows: inside an expression DuckDB means the table's."""
+    by_query = {id(scope.expression): scope for scope in analysis.scopes}
+    for column in analysis.tree.find_all(exp.Column):
+        select = column.find_ancestor(exp.Select)
+        if select is not None and (scope := by_query.get(id(select))):
+            analysis.scope_of_column.setdefault(id(column), scope)
 
 
 def _refer(analysis: Analysis, scope: Scope, table: exp.Table, relations: Mapping[str, Relation]) -> None:

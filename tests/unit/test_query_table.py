@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import lance
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pytest
 
 from conjoin.pipeline.errors import QueryError, TableError
-from conjoin.pipeline.query import Table, open_table
+from conjoin.pipeline.query import Table, open_table, search
 from conjoin.pipeline.query.execute import Engine
 
 
@@ -73,6 +74,42 @@ def test_frames_join(make_table: Callable[..., Any], make: Callable[..., object]
     sql = "SELECT id, rebate FROM things JOIN deals USING (id)"
     found = open_table(make_table(5, dim=4).uri).sql(sql, deals=make(rows))
     assert found.to_pylist() == [{"id": "row-0-000002", "rebate": 5}]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT id FROM things SEMI JOIN deals USING (id) WHERE price < 70 ORDER BY id",
+        "SELECT things.id FROM things ANTI JOIN deals ON things.id = deals.id WHERE price < 70 ORDER BY 1",
+        "SELECT deals.id FROM deals SEMI JOIN things ON things.id = deals.id ORDER BY 1",
+        "SELECT things.id, rebate, DIST AS d FROM things LEFT JOIN deals USING (id) ORDER BY d, 1 LIMIT 7",
+        "SELECT deals.id, price FROM deals LEFT JOIN things ON things.id = deals.id WHERE price IS NULL ORDER BY 1",
+        "SELECT things.id, rebate FROM things FULL JOIN deals USING (id) WHERE price < 50 OR rebate > 30 ORDER BY ALL",
+        "SELECT rebate, l.id AS near FROM deals, "
+        "LATERAL (SELECT id FROM things WHERE stock > rebate ORDER BY DIST LIMIT 1) l ORDER BY 1",
+        "SELECT stock % 3 AS g, id FROM things "
+        "QUALIFY row_number() OVER (PARTITION BY g ORDER BY DIST) <= 2 ORDER BY ALL",
+        "WITH n AS (SELECT id FROM things WHERE stock > 9 ORDER BY DIST LIMIT 5) SELECT id, price FROM n JOIN things "
+        "USING (id) ORDER BY 1",
+        "SELECT id, (SELECT count(*) FROM things u WHERE u.price < t.price) AS n FROM things t "
+        "WHERE stock < 9 ORDER BY 1",
+        "SELECT id, price AS image_vec FROM things ORDER BY DIST LIMIT 3",
+        "SELECT price AS stock, id FROM things WHERE stock < 9 ORDER BY stock LIMIT 3",
+        "SELECT id FROM things WHERE (stock, stock) IN ((1, 1), (2, 2)) OR id IN (SELECT id FROM deals) ORDER BY 1",
+        "SELECT max(id) AS m FROM (SELECT id FROM things ORDER BY DIST LIMIT 9) WHERE id < 'row-0-000030'",
+    ],
+)
+def test_the_rest_of_sql_is_duckdbs(make_table: Callable[..., Any], sql: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same text over the same rows, without Lance in between."""
+    monkeypatch.setattr(search, "_SCAN_FLOATS", 0)
+    made = make_table(60, dim=4)
+    deals = pa.table({"id": [f"row-0-{i:06d}" for i in range(0, 90, 3)], "rebate": list(range(30))})
+    connection = duckdb.connect()
+    connection.register("things", made.rows)
+    connection.register("deals", deals)
+    exact = sql.replace("DIST", "array_cosine_distance(image_vec, [1, 0, 0, 0]::FLOAT[4])")
+    found = open_table(made.uri).sql(sql.replace("DIST", "distance(image_vec, [1, 0, 0, 0])"), deals=deals)
+    assert found.to_pylist() == connection.sql(exact).to_arrow_table().to_pylist()
 
 
 @pytest.mark.parametrize(
