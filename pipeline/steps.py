@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # Row groups of the current window, in the process that decodes them: its steps all read the same ones.
 _kept: OrderedDict[tuple[str | int, ...], pa.Table] = OrderedDict()
 _KEPT_BYTES = 256 << 20
+_STREAMED_STEPS = 512
 
 Values = list["str | NDArray[np.generic]"]
 
@@ -129,11 +130,17 @@ def stream(
 ) -> Iterator[dict[str, Decoded]]:
     """This rank's decoded share of steps first_step .. last_step - 1, read ahead by tasks of this rank's own Ray Data
     stream; place: (rank, world)."""
+    for start in range(first_step, last_step, _STREAMED_STEPS):
+        yield from _segment(reader, order, (start, min(start + _STREAMED_STEPS, last_step)), place)
+
+
+def _segment(
+    reader: Reader, order: Order, steps: tuple[int, int], place: tuple[int, int]
+) -> Iterator[dict[str, Decoded]]:
+    """One Ray Data run: its list of rows is in memory, so a long training is cut into several."""
     import ray.data
 
-    items = [{"epoch": epoch, "rows": rows} for epoch, rows in rank_steps(order, first_step, last_step, place)]
-    if not items:
-        return
+    items = [{"epoch": epoch, "rows": rows} for epoch, rows in rank_steps(order, *steps, place)]
     with workers.data_settings():
         ray.data.DataContext.get_current().execution_options.preserve_order = True
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
