@@ -19,6 +19,7 @@ class TowerOptions:
     model: str = "builtin"
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
     head: Literal["linear", "mlp", "none"] = "linear"
+    items: Literal["first", "mean"] = "first"
     size_px: int | None = None
     max_tokens: int | None = None
     max_s: float | None = None

@@ -162,7 +162,8 @@ def build_tower(kind: Kind, options: TowerOptions, dim: int, captions: Sequence[
         if options.head == "none" and spec.width != dim:
             raise ValueError(f"{options.model} gives vectors of {spec.width}; without a head dim must be {spec.width}")
         head_width = max(spec.width, dim) if options.head == "mlp" else 0
-        return _TOWERS[kind](replace(spec, head=options.head, head_width=head_width), dim, backbone, text)
+        spec = replace(spec, head=options.head, head_width=head_width, items=options.items)
+        return _TOWERS[kind](spec, dim, backbone, text)
 
 
 def rebuild_tower(spec: TowerSpec, dim: int, tokenizer_json: str | None) -> Tower:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import redirect_stdout
 from types import TracebackType
 
 from rich.console import Console
@@ -34,8 +35,11 @@ class Screen:
         self._bars = Progress(*columns, console=self._console, disable=not self._live)
         self._tasks: dict[str, TaskID] = {}
         self._said: dict[str, tuple[float, float]] = {}
+        # Ray prints warnings of its own to stdout
+        self._stdout = redirect_stdout(sys.stderr)
 
     def __enter__(self) -> Screen:
+        self._stdout.__enter__()
         self._bars.start()
         return self
 
@@ -43,6 +47,7 @@ class Screen:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+        self._stdout.__exit__(kind, error, trace)
 
     def show(self, event: Event) -> None:
         """One event; steps appear in the order of their first event."""

@@ -38,11 +38,34 @@ class Frozen:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """values_CW: float32, one row per distinct content; content_N: that row for every record, -1 where it has none."""
+    """values_CW: float32, one row per distinct content.
+
+    Record n has the contents content_M[start_N[n] : start_N[n + 1]]: one, several where its value is a list, none
+    where it has no usable value. bad: values that could not be used.
+    """
 
     values_CW: NDArray[np.float32]
-    content_N: Positions
+    content_M: Positions
+    start_N: Positions
     bad: int
+
+    def pick(self, rows: Positions, drawn_by: tuple[int, int] | None, offset: int = 0) -> Positions:
+        """The content of each record (B,), -1 for none: the first, or one drawn by (seed, epoch) and the record.
+
+        offset: of the rows within the records that the features are of.
+        """
+        start, counts = self.start_N[rows + offset], np.diff(self.start_N)[rows + offset]
+        chosen = np.zeros(len(rows), dtype=np.int64)
+        if drawn_by is not None:
+            for place in np.flatnonzero(counts > 1):
+                chosen[place] = draw_item(drawn_by, int(rows[place]), int(counts[place]))
+        picked = self.content_M[np.minimum(start + chosen, len(self.content_M) - 1)]
+        return np.where(counts > 0, picked, -1)
+
+
+def draw_item(drawn_by: tuple[int, int], row: int, num_items: int) -> int:
+    """Which item of a list a record is trained on; drawn_by: seed and epoch."""
+    return int(np.random.default_rng([*drawn_by, row, 0]).integers(num_items))
 
 
 def compute(frozen: Frozen, rows: Selection, num_actors: int, progress: ShowProgress) -> Features:
@@ -51,12 +74,13 @@ def compute(frozen: Frozen, rows: Selection, num_actors: int, progress: ShowProg
     Raises TrainError when no record has a usable value.
     """
     hashes_N = _hashes(frozen, rows, progress)
-    contents, first = np.unique(hashes_N, return_index=True)
-    keep = contents != ""
-    contents, first = contents[keep], first[keep]
+    counts = np.array([len(hashes) for hashes in hashes_N], dtype=np.int64)
+    flat_M = np.array([name for hashes in hashes_N for name in hashes], dtype=object)
+    owner_M = np.repeat(np.arange(len(rows)), counts)
+    contents, first = np.unique(flat_M.astype(str), return_index=True)
     known = {name for part in _parts(frozen.directory) for name in part}
-    wanted = np.sort(first[[name not in known for name in contents.tolist()]])
-    _run(frozen, rows, wanted, num_actors, progress)
+    unknown = [name not in known for name in contents.tolist()]
+    _run(frozen, rows, np.unique(owner_M[first[unknown]]), num_actors, progress)
     values: dict[str, NDArray[np.float32]] = {}
     needed = set(contents.tolist())
     for part in _parts(frozen.directory):
@@ -65,9 +89,10 @@ def compute(frozen: Frozen, rows: Selection, num_actors: int, progress: ShowProg
     if not there:
         raise TrainError(f"no record has a usable {frozen.modality}", where=str(frozen.source.path))
     place = {name: number for number, name in enumerate(there)}
-    content_N = np.array([place.get(name, -1) for name in hashes_N.tolist()], dtype=np.int64)
-    bad = int(((content_N < 0) & (hashes_N != "")).sum())
-    return Features(np.stack([values[name] for name in there]), content_N, bad)
+    content_M = np.array([place.get(name, -1) for name in flat_M.tolist()], dtype=np.int64)
+    good = content_M >= 0
+    start_N = np.concatenate([[0], np.cumsum(np.bincount(owner_M[good], minlength=len(rows)))])
+    return Features(np.stack([values[name] for name in there]), content_M[good], start_N, int((~good).sum()))
 
 
 def _parts(directory: str) -> Iterator[dict[str, NDArray[np.float32]]]:
@@ -80,16 +105,17 @@ def _parts(directory: str) -> Iterator[dict[str, NDArray[np.float32]]]:
 
 
 def _hashes(frozen: Frozen, rows: Selection, progress: ShowProgress) -> NDArray[np.object_]:
-    """The content hash of every record in hex, by position; empty where the value is null."""
+    """The content hashes of every record's values in hex, by position; an empty list where there is none."""
     from ray.data import from_items
 
-    from conjoin.pipeline.source import columns_of, content_hashes, read_rows, values_of
+    from conjoin.pipeline.source import columns_of, content_hash, python_values, read_rows, values_of
 
     def hash_rows(batch: Mapping[str, NDArray[np.object_]]) -> dict[str, list[object]]:
         where = batch["rows"][0]
         table = read_rows(frozen.source, batch["file"][0], int(batch["row_group"][0]), columns, np.array(where))
-        found = content_hashes(values_of(frozen.source, table, frozen.modality)).to_pylist()
-        return {"position": list(batch["position"][0]), "hash": [name.hex() if name else "" for name in found]}
+        values = [items_of(value) for value in python_values(values_of(frozen.source, table, frozen.modality))]
+        hashes = [" ".join(content_hash(item).hex() for item in items) for items in values]
+        return {"position": list(batch["position"][0]), "hashes": hashes}
 
     columns = columns_of(frozen.source, frozen.modality)
     items = list(reading_units(rows, np.arange(len(rows))))
@@ -98,10 +124,17 @@ def _hashes(frozen: Frozen, rows: Selection, progress: ShowProgress) -> NDArray[
     with workers.data_settings():
         dataset = from_items(items, override_num_blocks=len(items)).map_batches(hash_rows, batch_size=1)
         for batch in dataset.iter_batches(batch_size=None):
-            hashes_N[batch["position"]] = batch["hash"]
+            for position, hashes in zip(batch["position"], batch["hashes"], strict=True):
+                hashes_N[position] = hashes.split()
             done += len(batch["position"])
             progress(Progress(f"hash {frozen.modality}", done, len(rows)))
     return hashes_N
+
+
+def items_of(value: object) -> list[object]:
+    """The values of a record: the items of a list, or itself; nulls left out."""
+    items = value if isinstance(value, list) else [value]
+    return [item for item in items if item is not None]
 
 
 def reading_units(rows: Selection, wanted: Positions, most: int = 1 << 62) -> Iterator[dict[str, object]]:
@@ -154,16 +187,14 @@ class FeatureActor:
         source, modality = self._frozen.source, self._frozen.modality
         columns = columns_of(source, modality)
         table = read_rows(source, batch["file"][0], int(batch["row_group"][0]), columns, np.array(batch["rows"][0]))
-        values = python_values(values_of(source, table, modality))
-        hashes = [content_hash(value) for value in values]
-        decoded = decode(self._embedder.spec.towers[modality], values)
+        records = python_values(values_of(source, table, modality))
+        items = list(dict.fromkeys(item for record in records for item in items_of(record)))
+        decoded = decode(self._embedder.spec.towers[modality], items)
         found = self._embedder.features(modality, decoded)
-        # one vector per content: of a list's values the first stands for it
-        kept, place = np.unique(decoded.owners, return_index=True)
-        good = np.isfinite(found[place]).all(axis=1)
-        kept, place = kept[good], place[good]
-        _write_part(self._frozen.directory, [hashes[number] for number in kept], found[place])
-        return {"done": [len(values)], "bad": [len(values) - len(kept)]}
+        good = np.isfinite(found).all(axis=1)
+        hashes = [content_hash(items[number]) for number in decoded.owners[good]]
+        _write_part(self._frozen.directory, hashes, found[good])
+        return {"done": [len(records)]}
 
 
 def _write_part(directory: str, hashes: Sequence[bytes], values_CW: NDArray[np.float32]) -> None:

@@ -137,7 +137,7 @@ class Loop:
         """This rank's share: the mean over pairs of modalities, each over the records that have both."""
         encoded = {}
         for number, name in enumerate(self.encoder.spec.towers):
-            features, present = self._features(name, rows, decoded)
+            features, present = self._features(name, rows, decoded, (self.recipe.seed, epoch))
             rate = self.recipe.tower(name).dropout
             if rate:
                 keys = _row_keys((self.recipe.seed, epoch, number), rows[present.cpu().numpy()])
@@ -154,14 +154,16 @@ class Loop:
         return torch.stack(shares).sum() / len(pairs)
 
     def _features(
-        self, name: str, rows: Positions, decoded: Mapping[str, Decoded], offset: int = 0
+        self, name: str, rows: Positions, decoded: Mapping[str, Decoded], drawn_by: tuple[int, int] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pooled backbone outputs of the rows that have this modality, and which rows do (B,); offset: of the rows in
-        the features kept of a frozen tower."""
+        """Pooled backbone outputs of the rows that have this modality, and which rows do (B,).
+
+        drawn_by: seed and epoch of a training step; None for validation, whose rows follow the training rows.
+        """
         device = self.place.device
         if name in self.data.features:
             kept = self.data.features[name]
-            content = kept.content_N[rows + offset]
+            content = kept.pick(rows, drawn_by, 0 if drawn_by else len(self.data.train))
             features = torch.from_numpy(np.ascontiguousarray(kept.values_CW[content[content >= 0]]))
             return features.to(device), torch.from_numpy(content >= 0).to(device)
         found = decoded[name]
@@ -209,7 +211,7 @@ class Loop:
             piece = rows[start : start + _EMBED_AT_ONCE]
             decoded = self._decoded_validation(piece)
             for name, parts in done.items():
-                features, present = self._features(name, piece, decoded, len(self.data.train))
+                features, present = self._features(name, piece, decoded, None)
                 parts.append((self.encoder.project(name, features), present))
         return {
             n: (torch.cat([p[0] for p in ps]).cpu().numpy(), torch.cat([p[1] for p in ps]).cpu().numpy())

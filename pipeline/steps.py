@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conjoin.pipeline import workers
-from conjoin.pipeline.features import reading_units
+from conjoin.pipeline.features import draw_item, items_of, reading_units
 from conjoin.pipeline.order import Order, share
 from conjoin.pipeline.selection import Positions, Selection
 
@@ -92,8 +92,8 @@ class Reader:
 
     def _one(self, value: object, epoch: int, position: int) -> object:
         """One item of a list per epoch while training; what embedding takes of it otherwise."""
-        if isinstance(value, list) and value and self.augment:
-            return value[int(np.random.default_rng([self.seed, epoch, position, 0]).integers(len(value)))]
+        if isinstance(value, list) and self.augment and (value := items_of(value)):
+            return value[draw_item((self.seed, epoch), position, len(value))]
         return value
 
     def _augmented(self, value: object, epoch: int, position: int) -> str | NDArray[np.generic]:
@@ -143,8 +143,9 @@ def _segment(
     items = [{"epoch": epoch, "rows": rows} for epoch, rows in rank_steps(order, *steps, place)]
     with workers.data_settings():
         ray.data.DataContext.get_current().execution_options.preserve_order = True
+        tasks = ray.data.TaskPoolStrategy(size=max(2, workers.num_cpus() // place[1]))
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            _read_step, fn_kwargs={"reader": reader}, batch_size=1, num_cpus=0.25
+            _read_step, fn_kwargs={"reader": reader}, batch_size=1, compute=tasks, num_cpus=0.25
         )
         for batch in dataset.iter_batches(batch_size=1, prefetch_batches=2):
             yield unpack(batch, reader.raws)

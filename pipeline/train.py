@@ -46,6 +46,7 @@ class TowerConfig(Section):
     tune: Literal["all", "head"] = Field("all", description="all | head (frozen backbone)")
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
     head: Literal["linear", "mlp", "none"] = Field("linear", description="none: the backbone's own vectors")
+    items: Literal["first", "mean"] = Field("first", description="of a list of values: what embedding takes")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the backbone's features that a training step hides")
     size_px: int | None = Field(None, ge=16, le=1024, description="image side; default: the model's own")
     max_tokens: int | None = Field(None, ge=4, le=8192, description="text length; default 64")

@@ -45,13 +45,15 @@ def drawn(colour: str, shape: str, rng: np.random.Generator) -> bytes:
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """240 drawn shapes with captions such as `a red circle`, in five row groups."""
+    """240 shapes, every other drawn twice, with captions such as `a red circle`, in five row groups."""
     rng = np.random.default_rng(0)
     pairs = [(COLOURS[i % 6], SHAPES[i // 6 % 4]) for i in range(240)]
     table = pa.table(
         {
             "id": [f"s{i}" for i in range(240)],
-            "image": pa.array([drawn(*pair, rng) for pair in pairs], pa.binary()),
+            "image": pa.array(
+                [[drawn(*pair, rng) for _ in range(1 + i % 2)] for i, pair in enumerate(pairs)], pa.list_(pa.binary())
+            ),
             "caption": [f"a {colour} {shape}" for colour, shape in pairs],
         }
     )
