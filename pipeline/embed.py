@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import time
+import uuid
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from conjoin.pipeline.catalog import Catalog
     from conjoin.pipeline.plan import Plan
 
-# An actor that dies (out of memory, a lost node) is replaced this often; then the night stops and can be resumed.
-MAX_RESTARTS = 2
 _SHOWN_REASONS = 3
 
 
@@ -150,11 +150,14 @@ def _run_units(
     from conjoin.pipeline import workers
     from conjoin.pipeline.stager import Order, Stager
 
-    workers.start(address)
+    with warnings.catch_warnings():
+        # Ray's children are forked only to become other programs at once.
+        warnings.filterwarnings("ignore", "lance is not fork-safe", UserWarning)
+        workers.start(address)
     import ray.data
 
     pool = pool_for(catalog.embed.actors, workers.num_cpus(), workers.num_gpus())
-    order = Order(catalog, plan.run_id, pool.ahead, pool.threads)
+    order = Order(catalog, plan.run_id, pool.ahead, pool.threads, attempt=uuid.uuid4().hex)
     with workers.data_settings():
         units = ray.data.from_items([{"unit": number} for number in numbers], override_num_blocks=len(numbers))
         done = units.map_batches(
@@ -164,8 +167,6 @@ def _run_units(
             fn_constructor_args=(order,),
             num_cpus=1,
             num_gpus=pool.gpus,
-            max_restarts=MAX_RESTARTS,
-            max_task_retries=MAX_RESTARTS,
         )
         try:
             yield from done.iter_rows()

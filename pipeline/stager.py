@@ -9,13 +9,14 @@ import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 from conjoin.encoders.spec import Json
 from conjoin.pipeline import storage, store, units
 from conjoin.pipeline.catalog import Catalog
 from conjoin.pipeline.chunks import Piece, Recipe, chunks
-from conjoin.pipeline.errors import ConservationError, EncoderError
+from conjoin.pipeline.errors import ConjoinError, ConservationError, EncoderError
 from conjoin.pipeline.gathered import Gathered, Trouble
 from conjoin.pipeline.plan import Plan, load_plan, open_rows
 from conjoin.pipeline.quarantine import quarantine_schema
@@ -25,41 +26,61 @@ from conjoin.pipeline.state import parquet_bytes, state_schema
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from conjoin.pipeline.embedder import Embedder
+
+MAX_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What an actor is told once. ahead: pieces that CPU tasks decode for it at a time; threads: torch's."""
+    """What an actor is told once.
+
+    ahead: pieces that CPU tasks decode for it at a time; threads: torch's; attempt: names this start of the night.
+    """
 
     catalog: Catalog
     run_id: str
     ahead: int
     threads: int
+    attempt: str = ""
 
 
 class Stager:
     """Callable on batches {unit: (1,) int64}, as Ray Data's map_batches wants it."""
 
     def __init__(self, order: Order) -> None:
-        import torch
-
-        from conjoin.pipeline.embedder import Embedder, load
-
-        torch.set_num_threads(order.threads)
         self._order = order
         self._uri = order.catalog.table.path
         self._run = run_directory(self._uri, order.run_id)
-        self._plan: Plan = load_plan(self._run)
-        self._rows = open_rows(self._run)
-        precision = order.catalog.embed.precision
-        self._embedder: Embedder = load(order.catalog.encoder, precision=precision)
-        if self._embedder.fingerprint != self._plan.fingerprint:
+
+    # What may raise waits for the first unit: of an error in a constructor Ray says only that the actor died.
+    @cached_property
+    def _plan(self) -> Plan:
+        return load_plan(self._run)
+
+    @cached_property
+    def _rows(self) -> pq.ParquetFile:
+        return open_rows(self._run)
+
+    @cached_property
+    def _embedder(self) -> Embedder:
+        import torch
+
+        from conjoin.pipeline.embedder import load
+
+        torch.set_num_threads(self._order.threads)
+        catalog = self._order.catalog
+        embedder = load(catalog.encoder, precision=catalog.embed.precision)
+        if embedder.fingerprint != self._plan.fingerprint:
             raise EncoderError(
-                f"the encoder changed since the run was planned: {self._embedder.fingerprint[:12]} now, "
+                f"the encoder changed since the run was planned: {embedder.fingerprint[:12]} now, "
                 f"{self._plan.fingerprint[:12]} then",
-                where=order.catalog.encoder,
+                where=catalog.encoder,
                 next="Start over with `conjoin run --full`",
             )
+        return embedder
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[int] | list[float]]:
         """Raises; never returns a status."""
@@ -78,6 +99,7 @@ class Stager:
         if done is not None:
             return done
         started = time.monotonic()
+        self._begin(number)
         rows = self._rows.read_row_group(number)
         if units.ids_digest(rows["id"]) != unit.ids:
             raise ConservationError(f"rows.parquet: unit {number} is not the planned one", where=self._run)
@@ -90,6 +112,19 @@ class Stager:
         for chunk in chunks(recipe, self._pieces(rows), self._order.ahead):
             gathered.add(chunk)
         return self._leave(unit, rows, gathered, started)
+
+    def _begin(self, number: int) -> None:
+        """Ray restarts dead actors for ever; a unit that takes its actor along each time must end the night."""
+        uri = units.file_of(self._run, number, "tries")
+        before = storage.read_json(uri) if storage.exists(uri) else {}
+        tries = int(str(before["tries"])) if before.get("attempt") == self._order.attempt else 0
+        if tries >= MAX_TRIES:
+            raise ConjoinError(
+                f"unit {number} lost its worker {tries} times (out of memory?)",
+                where=self._run,
+                next="Give workers more memory or lower embed.actors; the same command resumes",
+            )
+        storage.write_json(uri, {"attempt": self._order.attempt, "tries": tries + 1})
 
     def _pieces(self, rows: pa.Table) -> list[Piece]:
         """Runs of rows in one row group, cut so that every decoding task has one."""
