@@ -6,14 +6,13 @@ Assumes: every step is safe to repeat, so a killed night is the same command aga
 from __future__ import annotations
 
 import datetime as dt
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
 
+from conjoin.jobs.stopping import stoppable
 from conjoin.pipeline import landing, runs, store
 from conjoin.pipeline.catalog import Catalog
 from conjoin.pipeline.errors import ConfigError, ConjoinError, GateError, Interrupted
@@ -78,7 +77,7 @@ def run(
     """
     catalog = _catalog(config)
     uri = catalog.table.path
-    with _stoppable(uri):
+    with _saying_how_far(uri):
         live, clock = _live_manifest(uri), _Clock()
         known = {entry.file.path: entry.file for entry in live.files} if live else {}
         found = clock("survey", lambda: survey(catalog, known))
@@ -211,21 +210,13 @@ def _catalog(config: RunFile) -> Catalog:
 
 
 @contextmanager
-def _stoppable(uri: str) -> Iterator[None]:
+def _saying_how_far(uri: str) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the night between two effects; what is done stays."""
-
-    def stop(_signal: int, _frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if in_main else None
     try:
-        yield
+        with stoppable():
+            yield
     except KeyboardInterrupt:
         raise Interrupted(f"stopped: {_how_far(uri)}", where=uri, next="The same command resumes") from None
-    finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _how_far(uri: str) -> str:
