@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 
 from conjoin.pipeline.embed import EmbedConfig
 from conjoin.pipeline.errors import ConfigError
-from conjoin.pipeline.plan import Limits
+from conjoin.pipeline.estimate import Limits
 from conjoin.pipeline.publish import Gates
 from conjoin.pipeline.section import Section
 from conjoin.pipeline.source import SourceConfig
@@ -30,7 +30,7 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 class ClusterConfig(Section):
     """The machines; without it everything runs on this one."""
 
-    gpus: int = Field(0, ge=0)
+    gpus: int = Field(0, ge=0, description="that a night works on, for its expected time and cost")
     address: str | None = Field(None, description="an existing Ray cluster; default: start Ray here")
     price_per_gpu_hour: float | None = Field(None, gt=0)
 

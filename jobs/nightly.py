@@ -16,6 +16,7 @@ from conjoin.jobs.stopping import stoppable
 from conjoin.pipeline import landing, runs, store
 from conjoin.pipeline.catalog import Catalog
 from conjoin.pipeline.errors import ConfigError, ConjoinError, GateError, Interrupted
+from conjoin.pipeline.estimate import check_limits, estimate, last_rate
 from conjoin.pipeline.plan import Plan, Survey, check_resumable, is_current, load_plan, plan_run, survey
 from conjoin.pipeline.progress import ShowProgress, silent
 from conjoin.pipeline.state import Manifest, read_manifest
@@ -105,6 +106,8 @@ def _night(config: RunFile, catalog: Catalog, plan: Plan, clock: _Clock, progres
         columns = tuple(name for name in plan.schema.names if name.endswith("_vec"))
         return Expected(sum(record.rows for record in records.values()), plan.fingerprint, columns)
 
+    if store.committed(uri, plan.run_id) is None:
+        _check_limits(config, plan, records)
     try:
         if store.committed(uri, plan.run_id) is None:
             records = clock("embed", lambda: embed(catalog, plan, address=config.cluster.address, progress=progress))
@@ -123,6 +126,14 @@ def _night(config: RunFile, catalog: Catalog, plan: Plan, clock: _Clock, progres
     report = _report(plan, records, clock, version, tuple(asdict(index) for index in indexes))
     runs.finish(uri, plan.run_id, report.to_json())
     return report
+
+
+def _check_limits(config: RunFile, plan: Plan, records: Mapping[int, Record]) -> None:
+    """Raises GateError when what is left of the plan is expected to exceed the limits; nothing was begun then."""
+    rate = last_rate(config.table.path, plan.fingerprint)
+    if rate is not None:
+        rows = plan.rows - sum(record.planned for record in records.values())
+        check_limits(estimate(rows, rate, config.cluster.gpus, config.cluster.price_per_gpu_hour), config.limits)
 
 
 def _report(

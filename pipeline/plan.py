@@ -19,12 +19,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from pydantic import Field
-
 from conjoin.pipeline import storage, utf8
 from conjoin.pipeline.errors import SourceError, TableError
 from conjoin.pipeline.runs import run_directory
-from conjoin.pipeline.section import Section
 from conjoin.pipeline.units import Slice, Unit, cut, ids_digest, unit_rows
 
 if TYPE_CHECKING:
@@ -46,13 +43,6 @@ _SHOWN = 3
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
-
-
-class Limits(Section):
-    """A plan above these does not start."""
-
-    hours: float | None = Field(None, gt=0)
-    cost: float | None = Field(None, gt=0)
 
 
 @dataclass(frozen=True, slots=True)
