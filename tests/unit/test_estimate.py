@@ -36,7 +36,7 @@ def test_hours_and_cost() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "message"), [({"hours": 4.9}, "5.0 hours expected"), ({"cost": 49}, "cost 50.00 expected")]
+    ("limits", "message"), [({"hours": 4.9}, "5.0 hours expected"), ({"cost": 49}, "a cost of 50.00 expected")]
 )
 def test_above_a_limit_is_an_error_with_the_numbers(limits: dict[str, float], message: str) -> None:
     with pytest.raises(GateError, match=message):
