@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from conjoin.encoders.spec import AudioTransform, ImageTransform, TowerSpec
@@ -96,11 +96,21 @@ def chunks(recipe: Recipe, pieces: Sequence[Piece], ahead: int) -> Iterator[Chun
                 return
             next(stream)  # the sign that it runs
             for reference in stream:
-                yield ray.get(reference)
+                yield _unshared(ray.get(reference))
             running.popleft()
     finally:
         for _, stream in running:
             ray.cancel(stream)
+
+
+def _unshared(chunk: Chunk) -> Chunk:
+    """Columns stay as long as the unit; as views of shared memory they would keep the chunk's pixels there too."""
+    import pyarrow as pa
+
+    copy = pa.BufferOutputStream()
+    with pa.ipc.new_stream(copy, chunk.columns.schema) as out:
+        out.write_table(chunk.columns)
+    return replace(chunk, columns=pa.ipc.open_stream(copy.getvalue()).read_all())
 
 
 def _start(recipe: object, piece: Piece) -> Iterator[object]:
