@@ -86,3 +86,11 @@ def test_every_field_of_the_run_file_is_described() -> None:
         assert section is not None
         for field, info in section.model_fields.items():
             assert info.description, f"{name}.{field} has no description"
+
+
+def test_a_variable_in_braces_that_is_no_yaml_is_explained(tmp_path: Path) -> None:
+    file = tmp_path / "conjoin.yaml"
+    file.write_text("name: shop\ntable: {path: ${OUT}/shop.lance}\n")
+    with pytest.raises(ConfigError, match="needs quotes") as caught:
+        load(file)
+    assert "not valid YAML" in str(caught.value)
