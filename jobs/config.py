@@ -71,7 +71,9 @@ def read_run_file(file: Path, overrides: list[tuple[str, object]], date: dt.date
     except OSError as error:
         raise ConfigError(f"cannot read the run file: {error.strerror}", where=str(file)) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", where=str(file)) from error
+        said = " ".join(str(error).split())
+        advice = "Inside { } a value with ${...} needs quotes" if "${" in said else ""
+        raise ConfigError(f"not valid YAML: {said}", where=str(file), next=advice) from error
     if not isinstance(raw, dict):
         raise ConfigError("a run file is a mapping of sections", where=str(file))
     for field, value in overrides:
