@@ -5,6 +5,7 @@ Assumes: a unit's output depends on the plan and the encoder alone, never on who
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 import uuid
@@ -170,8 +171,13 @@ def _run_units(
         )
         try:
             yield from done.iter_rows()
+            return
         except ray.exceptions.RayError as error:
-            raise _cause(error, catalog) from error
+            failure = _cause(error, catalog)
+    # Ray Data lets go of actors and their CPUs when its executor is collected; frames of its errors hold that back,
+    # and the next night of this process would wait for CPUs.
+    gc.collect()
+    raise failure
 
 
 def _cause(error: Exception, catalog: Catalog) -> Exception:
@@ -181,6 +187,7 @@ def _cause(error: Exception, catalog: Catalog) -> Exception:
     inner: object = error
     while isinstance(inner, RayTaskError) and isinstance(inner.cause, Exception):
         if isinstance(inner.cause, ConjoinError):
+            inner.cause.add_note(str(error))
             return inner.cause
         inner = inner.cause
     if isinstance(error, RayTaskError):
