@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import io
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -79,6 +80,12 @@ def write(rows: pa.Table, path: Path, row_group_size: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(rows, path, row_group_size=row_group_size)
     return path
+
+
+@pytest.fixture(autouse=True)
+def _no_records(caplog: pytest.LogCaptureFixture) -> None:
+    """pytest keeps log records; those of Ray Data's errors hold its executor, actors and CPUs."""
+    caplog.set_level(logging.CRITICAL + 1, logger="ray.data")
 
 
 @pytest.fixture(scope="module")
