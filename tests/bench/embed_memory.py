@@ -107,7 +107,7 @@ def main() -> None:
     steps = report["seconds"]
     assert isinstance(steps, dict)
     rows = int(str(report["rows"]))
-    print(f"{rows:,} rows in {seconds:,.0f} s; embedding {steps['embed']:,.0f} s, {rows / steps['embed']:,.0f} rows/s")
+    print(f"{rows:,} rows, this attempt {seconds:,.0f} s; all units of all attempts: {report['rows_per_s']} rows/s")
     print("  ".join(f"{step} {value:,.1f} s" for step, value in steps.items()))
 
 
