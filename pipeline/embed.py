@@ -9,7 +9,6 @@ import gc
 import math
 import time
 import uuid
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
@@ -151,10 +150,7 @@ def _run_units(
     from conjoin.pipeline import workers
     from conjoin.pipeline.stager import Order, Stager
 
-    with warnings.catch_warnings():
-        # Ray's children are forked only to become other programs at once.
-        warnings.filterwarnings("ignore", "lance is not fork-safe", UserWarning)
-        workers.start(address)
+    workers.start(address)
     import ray.data
 
     pool = pool_for(catalog.embed.actors, workers.num_cpus(), workers.num_gpus())

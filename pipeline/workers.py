@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,13 +33,16 @@ def start(address: str | None = None) -> None:
     passed = {key: value for key, value in os.environ.items() if key.startswith(_PASSED_ON)}
     options = {} if address else {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
     before = signal.getsignal(signal.SIGTERM)
-    ray.init(
-        address=address or "local",
-        runtime_env={"env_vars": {**MALLOC_ENV, **passed}},
-        log_to_driver=bool(os.environ.get("CONJOIN_RAY_LOGS")),
-        logging_level="ERROR",
-        **options,
-    )
+    with warnings.catch_warnings():
+        # Ray's children are forked only to become other programs at once.
+        warnings.filterwarnings("ignore", "lance is not fork-safe", UserWarning)
+        ray.init(
+            address=address or "local",
+            runtime_env={"env_vars": {**MALLOC_ENV, **passed}},
+            log_to_driver=bool(os.environ.get("CONJOIN_RAY_LOGS")),
+            logging_level="ERROR",
+            **options,
+        )
     # Ray's handler exits without a word; one that its caller has set knows what to say.
     if callable(before) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)
