@@ -162,6 +162,12 @@ class Command:
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+@pytest.fixture(scope="session")
+def draw_shape() -> Callable[[str, str, np.random.Generator], bytes]:
+    """(colour, shape, rng) -> a PNG of 24 px."""
+    return drawn
+
+
 @pytest.fixture
 def conjoin() -> Command:
     return Command()

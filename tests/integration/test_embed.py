@@ -324,7 +324,7 @@ def test_workers_errors_arrive_as_ours(
 def test_a_bucket_gives_the_same_rows_and_vectors(
     first: Night, things: Any, run_file: Callable[..., Path], s3: str, conjoin: Any
 ) -> None:
-    """Through the real command: source, encoder and table in a bucket; then read by plain lancedb."""
+    """Through the real command: source and table in a bucket; then read by plain lancedb."""
     import s3fs
 
     fs = s3fs.S3FileSystem()

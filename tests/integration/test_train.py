@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image, ImageDraw
 
 from conjoin.pipeline.errors import TrainError
 from conjoin.pipeline.source import SourceConfig
@@ -24,36 +24,16 @@ COLOURS = ("red", "green", "blue", "black", "orange", "purple")
 SHAPES = ("circle", "square", "bar", "cross")
 
 
-def drawn(colour: str, shape: str, rng: np.random.Generator) -> bytes:
-    image = Image.new("RGB", (24, 24), "white")
-    draw = ImageDraw.Draw(image)
-    x, y, r = *rng.integers(7, 17, 2), int(rng.integers(4, 7))
-    box = (int(x - r), int(y - r), int(x + r), int(y + r))
-    if shape == "circle":
-        draw.ellipse(box, fill=colour)
-    elif shape == "square":
-        draw.rectangle(box, fill=colour)
-    elif shape == "bar":
-        draw.rectangle((box[0], int(y) - 2, box[2], int(y) + 2), fill=colour)
-    else:
-        draw.line(box, fill=colour, width=2)
-        draw.line((box[0], box[3], box[2], box[1]), fill=colour, width=2)
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
-
-
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shapes(draw_shape: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """240 shapes, every other drawn twice, with captions such as `a red circle`, in five row groups."""
     rng = np.random.default_rng(0)
     pairs = [(COLOURS[i % 6], SHAPES[i // 6 % 4]) for i in range(240)]
+    pictures = [[draw_shape(*pair, rng) for _ in range(1 + i % 2)] for i, pair in enumerate(pairs)]
     table = pa.table(
         {
             "id": [f"s{i}" for i in range(240)],
-            "image": pa.array(
-                [[drawn(*pair, rng) for _ in range(1 + i % 2)] for i, pair in enumerate(pairs)], pa.list_(pa.binary())
-            ),
+            "image": pa.array(pictures, pa.list_(pa.binary())),
             "caption": [f"a {colour} {shape}" for colour, shape in pairs],
         }
     )
@@ -152,3 +132,49 @@ def test_a_killed_run_goes_on_to_the_same_weights(ray_session: None, shapes: Pat
     for name, value in left.items():
         assert (value.float() - right[name].float()).abs().max() <= 1e-6, name
     assert len(losses(resumed.folder)) == whole.steps
+
+
+RUN_FILE = """
+name: shapes
+source: {{path: "{bucket}/shapes.parquet", id: id, image: image, text: caption, keep: [caption]}}
+table: {{path: "{bucket}/vectors/shapes.lance"}}
+train:
+  output: "{bucket}/encoders"
+  towers:
+    image: {{model: builtin, tune: head, size_px: 16}}
+    text: {{model: builtin, max_tokens: 12}}
+  dim: 16
+  global_batch_size: 48
+  epochs: 1
+"""
+
+
+@pytest.mark.slow
+def test_everything_in_a_bucket(shapes: Path, s3: str, conjoin: Any, tmp_path: Path) -> None:
+    """Source, features, checkpoints, encoder and table: trained, run, run again in full and asked, by the command."""
+    import s3fs
+
+    s3fs.S3FileSystem().put(str(shapes), f"{s3}/shapes.parquet")
+    file = tmp_path / "conjoin.yaml"
+    file.write_text(RUN_FILE.format(bucket=s3))
+
+    def command(*words: str) -> Any:
+        done = conjoin.run(*words, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    report = command("train", str(file))
+    assert report["encoder"].startswith(f"{s3}/encoders/shapes-")
+    assert command("train", str(file)) == report
+    assert report["steps"] == 5
+    encoder = f"encoder={report['encoder']}"
+    first = command("run", str(file), "--set", encoder)
+    assert (first["status"], first["rows"]) == ("published", 240)
+    again = command("run", str(file), "--set", encoder, "--full")
+    assert (again["status"], again["rows"]) == ("published", 240)
+    assert command("run", str(file), "--set", encoder)["status"] == "unchanged"
+    assert [entry["live"] for entry in command("history", str(file))] == [True, False]
+    sql = "SELECT caption, distance(text_vec, text('a red circle')) AS d FROM shapes ORDER BY d LIMIT 1"
+    found = command("query", str(file), sql)
+    assert found[0]["caption"] == "a red circle"
+    assert found[0]["d"] < 1e-5
