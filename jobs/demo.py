@@ -62,7 +62,7 @@ _FROM_SCRATCH = """\
   dim: 128
   global_batch_size: 256
   epochs: 12
-  lr: 1.0e-3"""
+  lr: 5.0e-4"""
 
 T = TypeVar("T")
 

@@ -36,7 +36,7 @@ train:                        # a recipe: editing it never re-embeds anything
   dim: 256
   global_batch_size: 512      # all workers together
   epochs: 10
-  lr: 1.0e-3
+  lr: 5.0e-4
 """
 
 

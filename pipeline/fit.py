@@ -90,6 +90,7 @@ class Loop:
             loss = self._step(step, values)
             rows_done += min(self.recipe.global_batch_size, len(self.data.train))
             record = {"step": step + 1, "total": self.total, "loss": loss, "scale": float(self.encoder.scale)}
+            record |= {"chance_loss": self._chance(step)}
             record |= {"samples_per_s": rows_done / (time.monotonic() - started)}
             last = step + 1 == self.total
             due = last or (step + 1) % self.every == 0
@@ -126,12 +127,18 @@ class Loop:
         loss = _sum_over_ranks(list(self.trained.values()), share.detach())
         if not math.isfinite(loss):
             raise TrainError(f"the loss is {loss} at step {step + 1}", next="Lower train.lr, or use precision: float32")
+        torch.nn.utils.clip_grad_norm_(self.trained.values(), self.recipe.clip_grad_norm)
         rate = _schedule(step, self.total, self.recipe.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr * rate
         self.optimizer.step()
         self.encoder.clamp_scale_()
         return loss
+
+    def _chance(self, step: int) -> float:
+        """The loss of vectors that tell nothing apart: ln of the rows in this step's batch."""
+        rest = len(self.data.train) - step % self.order.steps_per_epoch * self.recipe.global_batch_size
+        return math.log(min(self.recipe.global_batch_size, rest))
 
     def _loss(self, rows: Positions, decoded: Mapping[str, Decoded], epoch: int) -> torch.Tensor:
         """This rank's share: the mean over pairs of modalities, each over the records that have both."""

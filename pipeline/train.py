@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _TOKENIZER_CAPTIONS = 200_000
 _POLL_S = 0.5
 _LOG_EVERY_S = 5.0
+# Stuck at ln B is how a joint training fails most often: too high a rate, collapsed vectors.
+_STUCK_STEPS, _STUCK_SHARE = 40, 0.2
 # What these say changes nothing about the weights that come out.
 _BESIDE_THE_POINT = {"output", "workers", "validate_every", "checkpoint_every_s"}
 
@@ -64,8 +66,9 @@ class TrainConfig(Section):
     loss: Literal["infonce"] = "infonce"
     global_batch_size: int = Field(1024, ge=2, description="all workers together")
     epochs: float = Field(10, gt=0)
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(5e-4, gt=0)
     weight_decay: float = Field(0.01, ge=0)
+    clip_grad_norm: float = Field(1.0, gt=0, description="longest gradient of a step, over all ranks and parameters")
     warmup: float = Field(0.05, ge=0, le=1, description="share of all steps")
     seed: int = 0
     workers: int = Field(1, ge=1, description="training workers; any number gives the same result")
@@ -90,6 +93,7 @@ class TrainReport:
     seconds: float
     samples_per_s: float
     metrics: Mapping[str, float]
+    warning: str = ""
 
     def to_json(self) -> dict[str, Json]:
         return cast("dict[str, Json]", asdict(self))
@@ -101,6 +105,7 @@ class TrainReport:
             f"trained {self.steps} steps on {self.rows:,} rows in {self.seconds:.0f} s "
             f"({self.samples_per_s:,.0f} rows/s in the loop)",
             *([hits] if hits else []),
+            *([f"warning: {self.warning}"] if self.warning else []),
             f"name it in the run file as `encoder: {self.encoder}`",
         ]
 
@@ -344,11 +349,23 @@ class _Log:
         for record in records:
             self._lines[int(record["step"])] = json.dumps(record)
             self.last |= record
-            facts = {name: value for name, value in self.last.items() if name not in ("step", "total")}
+            facts: dict[str, float | str] = {
+                n: v for n, v in self.last.items() if n not in ("step", "total", "chance_loss")
+            }
+            if warning := stuck(self.last):
+                facts["warning"] = warning
             self._progress(Progress("train", record["step"], record["total"], "steps", facts))
         if self._lines and (self._stop.is_set() or time.monotonic() - self._written_at >= _LOG_EVERY_S):
             self._written_at = time.monotonic()
             storage.write_bytes(self._uri, "".join(f"{line}\n" for _, line in sorted(self._lines.items())).encode())
+
+
+def stuck(figures: Mapping[str, float]) -> str:
+    """What to say of a loss that is where guessing is although much of the run is over; empty otherwise."""
+    step, loss, chance = (figures.get(name, 0.0) for name in ("step", "loss", "chance_loss"))
+    if step < _STUCK_STEPS or step < figures["total"] * _STUCK_SHARE or not 0.98 * chance < loss < 1.02 * chance:
+        return ""
+    return f"the loss is still {loss:.2f}, no better than guessing: lower train.lr"
 
 
 def _finish(folder: str, rows: int, figures: Mapping[str, float], seconds: float) -> TrainReport:
@@ -364,6 +381,7 @@ def _finish(folder: str, rows: int, figures: Mapping[str, float], seconds: float
         seconds=seconds,
         samples_per_s=figures.get("samples_per_s", 0.0),
         metrics={name: value for name, value in figures.items() if "_hit" in name},
+        warning=stuck(figures),
     )
     storage.write_json(storage.join(folder, "report.json"), asdict(report))
     return report
