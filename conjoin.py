@@ -18,9 +18,8 @@ _NAMES = {
     "open": ("conjoin.pipeline.query", "open_table"),
     "load": ("conjoin.pipeline.embedder", "load"),
     "config": ("conjoin.jobs.config", "load"),
-    "train": ("conjoin.pipeline.train", "train"),
-    "evaluate": ("conjoin.pipeline.evaluate", "evaluate"),
-    "plan": ("conjoin.jobs.nightly", "plan"),
+    "train": ("conjoin.jobs.tasks", "train"),
+    "evaluate": ("conjoin.jobs.tasks", "evaluate"),
     "run": ("conjoin.jobs.nightly", "run"),
 }
 __all__ = ["__version__", *_NAMES]

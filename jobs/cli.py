@@ -157,7 +157,8 @@ def evaluate(
     from conjoin.jobs.tasks import evaluate as task
 
     with Screen() as screen:
-        found = task(_read(file, set_, date), split, where, (classify, tuple(template)), progress=screen.show)
+        config = _read(file, set_, date)
+        found = task(config, split, where, classify=classify, templates=template, progress=screen.show)
     print(json.dumps(found.to_json(), indent=1) if as_json else evaluation(found))
 
 

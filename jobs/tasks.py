@@ -34,20 +34,22 @@ def train(config: RunFile, *, progress: ShowProgress = silent) -> TrainReport:
 
 def evaluate(
     config: RunFile,
-    split: str | None,
-    where: str | None,
-    classes: tuple[str | None, Sequence[str]] = (None, ()),
+    split: str | None = None,
+    where: str | None = None,
     *,
+    classify: str | None = None,
+    templates: Sequence[str] = ("a {}",),
     progress: ShowProgress = silent,
 ) -> Evaluation:
-    """A split of the source embedded now, or the published table's rows; classes: a column and prompt templates.
+    """A split of the source embedded now (`validation`, `test`), or the published table's rows.
+
+    classify: a column whose values are zero-shot classes, put into the prompt templates.
 
     Raises ConfigError when both or an unknown split are named, or no encoder is.
     """
     from conjoin.pipeline.evaluate import Classes, evaluate_split, evaluate_table
 
-    column, templates = classes
-    wanted = Classes(column, tuple(templates)) if column else None
+    wanted = Classes(classify, tuple(templates)) if classify else None
     if split is None:
         return evaluate_table(config.table.path, where, group=config.source.group, classes=wanted)
     if where is not None or split not in ("validation", "test"):
