@@ -41,13 +41,12 @@ class Features:
     """values_CW: float32, one row per distinct content.
 
     Record n has the contents content_M[start_N[n] : start_N[n + 1]]: one, several where its value is a list, none
-    where it has no usable value. bad: values that could not be used.
+    where it has no usable value.
     """
 
     values_CW: NDArray[np.float32]
     content_M: Positions
     start_N: Positions
-    bad: int
 
     def pick(self, rows: Positions, drawn_by: tuple[int, int] | None, offset: int = 0) -> Positions:
         """The content of each record (B,), -1 for none: the first, or one drawn by (seed, epoch) and the record.
@@ -92,7 +91,7 @@ def compute(frozen: Frozen, rows: Selection, num_actors: int, progress: ShowProg
     content_M = np.array([place.get(name, -1) for name in flat_M.tolist()], dtype=np.int64)
     good = content_M >= 0
     start_N = np.concatenate([[0], np.cumsum(np.bincount(owner_M[good], minlength=len(rows)))])
-    return Features(np.stack([values[name] for name in there]), content_M[good], start_N, int((~good).sum()))
+    return Features(np.stack([values[name] for name in there]), content_M[good], start_N)
 
 
 def _parts(directory: str) -> Iterator[dict[str, NDArray[np.float32]]]:

@@ -7,7 +7,7 @@ import numpy as np
 from conjoin.pipeline.features import Features, draw_item, items_of
 
 # records: one content, none, a list of three, one content
-KEPT = Features(np.zeros((4, 2), np.float32), np.array([0, 1, 2, 3, 1]), np.array([0, 1, 1, 4, 5]), bad=0)
+KEPT = Features(np.zeros((4, 2), np.float32), np.array([0, 1, 2, 3, 1]), np.array([0, 1, 1, 4, 5]))
 ROWS = np.arange(4)
 
 
@@ -26,7 +26,7 @@ def test_a_draw_takes_one_of_a_list_by_seed_and_epoch() -> None:
 
 
 def test_a_record_whose_list_ends_the_table_is_not_read_beyond() -> None:
-    kept = Features(np.zeros((1, 2), np.float32), np.array([0]), np.array([0, 1, 1]), bad=0)
+    kept = Features(np.zeros((1, 2), np.float32), np.array([0]), np.array([0, 1, 1]))
     assert kept.pick(np.array([1, 0]), None).tolist() == [-1, 0]
 
 
