@@ -1,4 +1,4 @@
-"""The joint encoder: one tower per modality into one space, unit length, and a learned scale.
+"""The joint encoder: one tower per modality into one space, unit length, and a learned scale per pair of modalities.
 
 Assumes: modality names are the keys of the spec's towers; any subset of modalities can be encoded alone.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import cast
 
 import numpy as np
@@ -15,11 +16,14 @@ from torch import nn
 from torch.nn import functional
 
 from conjoin.encoders.options import TowerOptions
-from conjoin.encoders.spec import EncoderSpec, Kind
+from conjoin.encoders.spec import EncoderSpec, Kind, Loss
 from conjoin.encoders.towers import Inputs, Tower, build_tower
 
-# CLIP's (Radford et al. 2021, arXiv:2103.00020): the temperature starts at 0.07 and the scale stays below 100.
-_INITIAL_LOG_SCALE = math.log(1 / 0.07)
+# CLIP (Radford et al. 2021, arXiv:2103.00020) starts at a temperature of 0.07, SigLIP (Zhai et al. 2023,
+# arXiv:2303.15343) at a scale of 10 and a bias of -10. A triplet margin is in raw similarities: no scale.
+_INITIAL_LOG_SCALE = {"infonce": math.log(1 / 0.07), "sigmoid": math.log(10)}
+_INITIAL_BIAS = -10.0
+# CLIP's clamp; released SigLIPs are above 100.
 _MAX_LOG_SCALE = math.log(100)
 
 
@@ -32,7 +36,11 @@ class JointEncoder(nn.Module):
             raise ValueError(f"the spec names {sorted(spec.towers)}, the towers are {sorted(towers)}")
         self.spec = spec
         self.towers = nn.ModuleDict({name: towers[name] for name in sorted(towers)})
-        self.log_scale = nn.Parameter(torch.tensor(_INITIAL_LOG_SCALE))
+        pairs = [pair_name(a, b) for a, b in combinations(sorted(towers), 2)]
+        start = _INITIAL_LOG_SCALE.get(spec.loss)
+        self.log_scales = nn.ParameterDict({} if start is None else {pair: torch.tensor(start) for pair in pairs})
+        biased = pairs if spec.loss == "sigmoid" else []
+        self.biases = nn.ParameterDict({pair: torch.tensor(_INITIAL_BIAS) for pair in biased})
 
     def tower(self, modality: str) -> Tower:
         """Raises ValueError naming the modalities there are."""
@@ -57,21 +65,35 @@ class JointEncoder(nn.Module):
         """Inputs to unit vectors (B, D)."""
         return self.project(modality, self.features(modality, inputs))
 
-    @property
-    def scale(self) -> torch.Tensor:
-        """What similarities are multiplied by in the loss, a scalar with gradient."""
-        return self.log_scale.exp()
+    def scale(self, a: str, b: str) -> torch.Tensor:
+        """What similarities of two modalities are multiplied by in the loss, a scalar with gradient; 1 for triplet."""
+        name = pair_name(a, b)
+        return self.log_scales[name].exp() if name in self.log_scales else torch.ones(())
+
+    def bias(self, a: str, b: str) -> torch.Tensor:
+        """What the sigmoid loss adds to scaled similarities, a scalar with gradient; 0 for other losses."""
+        name = pair_name(a, b)
+        return self.biases[name] if name in self.biases else torch.zeros(())
 
     @torch.no_grad()
-    def clamp_scale_(self) -> None:
-        """Keep the scale in [1, 100]; call it after every optimizer step."""
-        self.log_scale.clamp_(0, _MAX_LOG_SCALE)
+    def clamp_scales_(self) -> None:
+        """Keep InfoNCE's scales in [1, 100]; call it after every optimizer step. Other losses need no clamp."""
+        if self.spec.loss == "infonce":
+            for log_scale in self.log_scales.values():
+                log_scale.clamp_(0, _MAX_LOG_SCALE)
 
 
-def build(towers: Mapping[str, TowerOptions], dim: int, captions: Sequence[str] = ()) -> JointEncoder:
+def pair_name(a: str, b: str) -> str:
+    """The name of a pair of modalities, whichever comes first: `image_text`."""
+    return "_".join(sorted((a, b)))
+
+
+def build(
+    towers: Mapping[str, TowerOptions], dim: int, captions: Sequence[str] = (), loss: Loss = "infonce"
+) -> JointEncoder:
     """A new encoder; `captions` train the tokenizer of a built-in text tower. Raises ValueError naming the tower."""
     unknown = set(towers) - {"text", "image", "audio"}
     if unknown or not towers:
         raise ValueError(f"modalities are text, image and audio, not {sorted(unknown) or 'none'}")
     built = {name: build_tower(cast(Kind, name), options, dim, captions) for name, options in towers.items()}
-    return JointEncoder(EncoderSpec(dim, {name: tower.spec for name, tower in built.items()}), built)
+    return JointEncoder(EncoderSpec(dim, {name: tower.spec for name, tower in built.items()}, loss), built)

@@ -13,6 +13,7 @@ from typing import Literal
 FORMAT = 1
 
 Kind = Literal["text", "image", "audio"]
+Loss = Literal["infonce", "sigmoid", "triplet"]
 Json = dict[str, "Json"] | list["Json"] | str | int | float | bool | None
 
 
@@ -90,7 +91,7 @@ class EncoderSpec:
 
     dim: int
     towers: Mapping[str, TowerSpec]
-    loss: Literal["infonce", "sigmoid", "triplet"] = "infonce"
+    loss: Loss = "infonce"
     format: int = field(default=FORMAT)
 
     def to_json(self) -> str:

@@ -19,10 +19,10 @@ from conjoin.pipeline.embed import EmbedConfig
 from conjoin.pipeline.errors import ConfigError
 from conjoin.pipeline.estimate import Limits
 from conjoin.pipeline.publish import Gates
+from conjoin.pipeline.recipe import TrainConfig
 from conjoin.pipeline.section import Section
 from conjoin.pipeline.source import SourceConfig
 from conjoin.pipeline.store import TableConfig
-from conjoin.pipeline.train import TrainConfig
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -135,7 +135,7 @@ def _known(path: tuple[int | str, ...]) -> list[str]:
     for part in path:
         field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
         if field is None:
-            from conjoin.pipeline.train import TowerConfig
+            from conjoin.pipeline.recipe import TowerConfig
 
             return list(TowerConfig.model_fields)
         model = field.annotation

@@ -29,9 +29,9 @@ from conjoin.pipeline.steps import Decoded, Raw, Reader, Values, rank_steps, str
 if TYPE_CHECKING:
     from conjoin.encoders.joint import JointEncoder
     from conjoin.pipeline.features import Features
+    from conjoin.pipeline.recipe import TrainConfig
     from conjoin.pipeline.selection import Selection
     from conjoin.pipeline.source import SourceConfig
-    from conjoin.pipeline.train import TrainConfig
 
 Say = Callable[[Sequence[Mapping[str, float]]], None]
 _MAX_VALIDATION = 2048
@@ -89,7 +89,7 @@ class Loop:
         for step, values in enumerate(self._batches(), self.progressed.step):
             loss = self._step(step, values)
             rows_done += min(self.recipe.global_batch_size, len(self.data.train))
-            record = {"step": step + 1, "total": self.total, "loss": loss, "scale": float(self.encoder.scale)}
+            record = {"step": step + 1, "total": self.total, "loss": loss, "scale": self._scale()}
             record |= {"chance_loss": self._chance(step)}
             record |= {"samples_per_s": rows_done / (time.monotonic() - started)}
             last = step + 1 == self.total
@@ -132,8 +132,12 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr * rate
         self.optimizer.step()
-        self.encoder.clamp_scale_()
+        self.encoder.clamp_scales_()
         return loss
+
+    def _scale(self) -> float:
+        """The largest scale of a pair."""
+        return max(float(log_scale.exp()) for log_scale in self.encoder.log_scales.values())
 
     def _chance(self, step: int) -> float:
         """The loss of vectors that tell nothing apart: ln of the rows in this step's batch."""
@@ -157,7 +161,7 @@ class Loop:
             both = encoded[a][1] & encoded[b][1]
             left, right = encoded[a][0][both[encoded[a][1]]], encoded[b][0][both[encoded[b][1]]]
             group = groups[both] if self.data.source.group else None
-            shares.append(symmetric_infonce(left, right, self.encoder.scale, group))
+            shares.append(symmetric_infonce(left, right, self.encoder.scale(a, b), group))
         return torch.stack(shares).sum() / len(pairs)
 
     def _features(

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from conjoin.pipeline.errors import TrainError
+from conjoin.pipeline.recipe import TrainConfig
 from conjoin.pipeline.source import SourceConfig
-from conjoin.pipeline.train import TrainConfig, TrainReport, train
+from conjoin.pipeline.train import TrainReport, train
 
 COLOURS = ("red", "green", "blue", "black", "orange", "purple")
 SHAPES = ("circle", "square", "bar", "cross")
@@ -103,8 +104,9 @@ def test_nothing_to_train_on_is_an_error(shapes: Path, tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys
+from conjoin.pipeline.recipe import TrainConfig
 from conjoin.pipeline.source import SourceConfig
-from conjoin.pipeline.train import TrainConfig, train
+from conjoin.pipeline.train import train
 source, recipe = SourceConfig.model_validate_json(sys.argv[1]), TrainConfig.model_validate_json(sys.argv[2])
 print(train("shapes", source, recipe).encoder)
 """

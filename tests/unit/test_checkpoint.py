@@ -69,7 +69,7 @@ def test_fingerprint_covers(change: str) -> None:
     if change == "weight":
         next(encoder.tower("image").parameters()).data.view(-1)[0] += 1e-6
     elif change == "scale":
-        encoder.log_scale.data += 1e-6
+        encoder.log_scales["image_text"].data += 1e-6
     elif change == "transform":
         tower = encoder.spec.towers["image"]
         towers = {**encoder.spec.towers, "image": replace(tower, transform=replace(tower.transform, fit="crop"))}

@@ -51,11 +51,33 @@ def test_double_stays_double() -> None:
 
 def test_scale_starts_at_clips_and_is_kept_in_bounds() -> None:
     encoder = build(TOWERS, 8, CAPTIONS)
-    assert encoder.scale.item() == pytest.approx(1 / 0.07)
+    assert encoder.scale("text", "image").item() == pytest.approx(1 / 0.07)
     for start, end in ((9.0, math.log(100)), (-1.0, 0.0), (2.0, 2.0)):
-        encoder.log_scale.data.fill_(start)
-        encoder.clamp_scale_()
-        assert encoder.log_scale.item() == pytest.approx(end)
+        encoder.log_scales["image_text"].data.fill_(start)
+        encoder.clamp_scales_()
+        assert encoder.log_scales["image_text"].item() == pytest.approx(end)
+    assert not list(encoder.biases)
+
+
+def test_a_sigmoid_encoder_has_a_bias_and_no_upper_bound() -> None:
+    encoder = build(TOWERS, 8, CAPTIONS, "sigmoid")
+    assert encoder.scale("image", "text").item() == pytest.approx(10)
+    assert encoder.bias("image", "text").item() == -10
+    encoder.log_scales["image_text"].data.fill_(math.log(112.3))  # as in a released SigLIP
+    encoder.clamp_scales_()
+    assert encoder.scale("image", "text").item() == pytest.approx(112.3)
+
+
+def test_a_triplet_encoder_has_nothing_to_scale() -> None:
+    encoder = build(TOWERS, 8, CAPTIONS, "triplet")
+    assert encoder.scale("image", "text").item() == 1
+    assert encoder.bias("image", "text").item() == 0
+    assert not list(encoder.log_scales)
+
+
+def test_every_pair_of_three_towers_has_its_scale() -> None:
+    encoder = build({**TOWERS, "audio": TowerOptions(width=16)}, 8, CAPTIONS)
+    assert set(encoder.log_scales) == {"audio_image", "audio_text", "image_text"}
 
 
 def test_order_of_the_towers_does_not_matter() -> None:
