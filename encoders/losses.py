@@ -1,15 +1,29 @@
-"""Symmetric InfoNCE over the rows of every rank, with the exact gradient for every parameter.
+"""Losses over pairs of unit vectors: InfoNCE, sigmoid and triplet, one way, and a Matryoshka wrapper; pure functions.
 
-Assumes: each rank calls with its own rows of both modalities, in the same order of pairs, and the caller sums losses
-and gradients over ranks (a wrapper that averages them gives 1/W of both). Every rank takes part in every call, with
-zero rows if it has none, and calls backward if any does. Features are unit vectors; everything is computed in float32
-at least, whatever the autocast.
+Assumes: row i of `a` belongs to row offset + i of `b`, the N candidates of all ranks. A loss is a sum over the B rows
+given, divided by N, so that the shares of rows, tiles and ranks add up to the loss of the whole batch. Everything is
+computed in float32 at least, whatever the autocast. Rows of one group (`group_N`) are never negatives of each other:
+`mask` leaves them out, `positive` counts them as right.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
 import torch
-import torch.distributed as dist
+from torch.nn import functional
+
+Same = Literal["mask", "positive"]
+Negatives = Literal["hardest", "semi-hard"]
+
+
+class OneWay(Protocol):
+    """A loss of some rows of `a` against all candidates `b`, with everything else bound."""
+
+    def __call__(
+        self, a_BD: torch.Tensor, b_ND: torch.Tensor, /, *, offset: int, group_N: torch.Tensor | None
+    ) -> torch.Tensor: ...
 
 
 def infonce(
@@ -19,87 +33,166 @@ def infonce(
     *,
     offset: int = 0,
     group_N: torch.Tensor | None = None,
+    same: Same = "mask",
 ) -> torch.Tensor:
     """One-way InfoNCE (van den Oord et al. 2018, arXiv:1807.03748): row i of `a` should find row offset + i of `b`.
 
-    The sum over the B rows divided by N, so that the shares of all ranks sum to the mean over all N rows; 0 if N is 0.
-    group_N: int64; candidates of a row's own group are not its negatives.
+    `positive`: the mean over all rows of the group, all of them in the denominator (L_out of Khosla et al. 2020,
+    arXiv:2004.11362). group_N: (N,) int64.
     """
     with torch.autocast(a_BD.device.type, enabled=False):
-        logits_BN = scale * (_exact(a_BD) @ _exact(b_ND).T)
-        own_B = torch.arange(offset, offset + len(a_BD), device=a_BD.device)
+        logits_BN = scale * (exact(a_BD) @ exact(b_ND).T)
+        own_B = _own(a_BD, offset)
         positive_B = logits_BN.gather(1, own_B[:, None])[:, 0]
         if group_N is not None:
             same_BN = group_N[own_B][:, None] == group_N[None, :]
-            same_BN.scatter_(1, own_B[:, None], False)
-            # after the scale: -inf times a parameter would make its gradient NaN
-            logits_BN = logits_BN.masked_fill(same_BN, -torch.inf)
+            if same == "positive":
+                positive_B = (logits_BN * same_BN).sum(1) / same_BN.sum(1)
+            else:
+                same_BN = same_BN.scatter(1, own_B[:, None], False)
+                # after the scale: -inf times a parameter would make its gradient NaN
+                logits_BN = logits_BN.masked_fill(same_BN, -torch.inf)
         return (logits_BN.logsumexp(1) - positive_B).sum() / max(len(b_ND), 1)
 
 
-def symmetric_infonce(
-    a_BD: torch.Tensor, b_BD: torch.Tensor, scale: torch.Tensor | float, group_B: torch.Tensor | None = None
+def sigmoid(
+    a_BD: torch.Tensor,
+    b_ND: torch.Tensor,
+    scale: torch.Tensor | float,
+    bias: torch.Tensor | float,
+    *,
+    offset: int = 0,
+    group_N: torch.Tensor | None = None,
+    same: Same = "mask",
 ) -> torch.Tensor:
-    """CLIP's loss (Radford et al. 2021, arXiv:2103.00020) over the rows of all ranks: this rank's share of it.
+    """SigLIP's loss (Zhai et al. 2023, arXiv:2303.15343): every pair on its own is right or wrong; symmetric as it is.
 
-    a, b: this rank's pairs; ranks may differ in B. group_B: int64, records that are not each other's negatives.
-    The shares sum to the loss over all rows, and their gradients to its gradient, the scale's included.
+    The sum over all pairs of a row, not their mean: the paper's normalisation by the batch size.
     """
-    counts = gather_counts(len(a_BD), a_BD.device)
-    offset = sum(counts[: _rank()])
-    # one collective each way for both modalities: two could run backward in another order on another rank
-    both_N2D = gather_with_grad(torch.cat([_exact(a_BD), _exact(b_BD)], dim=1), counts)
-    a_ND, b_ND = both_N2D[:, : a_BD.shape[1]], both_N2D[:, a_BD.shape[1] :]
-    group_N = None if group_B is None else gather_with_grad(group_B[:, None], counts)[:, 0]
-    forth = infonce(a_BD, b_ND, scale, offset=offset, group_N=group_N)
-    back = infonce(b_BD, a_ND, scale, offset=offset, group_N=group_N)
-    return (forth + back) / 2
+    with torch.autocast(a_BD.device.type, enabled=False):
+        logits_BN = scale * (exact(a_BD) @ exact(b_ND).T) + bias
+        own_B = _own(a_BD, offset)
+        right_BN = torch.zeros_like(logits_BN, dtype=torch.bool).scatter(1, own_B[:, None], True)
+        same_BN = right_BN if group_N is None else group_N[own_B][:, None] == group_N[None, :]
+        if same == "positive":
+            right_BN = same_BN
+        # not softplus: torch's is linear above 20, which a float64 check can see
+        loss_BN = -functional.logsigmoid(torch.where(right_BN, logits_BN, -logits_BN))
+        return loss_BN.masked_fill(same_BN & ~right_BN, 0).sum() / max(len(b_ND), 1)
 
 
-def gather_counts(num_rows: int, device: torch.device) -> list[int]:
-    """The number of rows of every rank; [num_rows] where there is only one."""
-    if _world() == 1:
-        return [num_rows]
-    mine = torch.tensor([num_rows], device=device)
-    counts = [torch.empty_like(mine) for _ in range(_world())]
-    dist.all_gather(counts, mine)
-    return [int(count) for count in counts]
+def triplet(
+    a_BD: torch.Tensor,
+    b_ND: torch.Tensor,
+    margin: float,
+    *,
+    negatives: Negatives = "hardest",
+    offset: int = 0,
+    group_N: torch.Tensor | None = None,
+    same: Same = "mask",
+) -> torch.Tensor:
+    """Hinge on cosine similarities against one negative of the whole batch per row; no scale.
+
+    hardest: the most similar negative (VSE++, Faghri et al. 2018, arXiv:1707.05612). semi-hard: the most similar one
+    that is less similar than the positive; where there is none, the least similar (FaceNet, Schroff et al. 2015,
+    arXiv:1503.03832). `positive`: a row's positive is the least similar one of its group (Hermans et al. 2017,
+    arXiv:1703.07737). A row without negatives costs nothing.
+    """
+    with torch.autocast(a_BD.device.type, enabled=False):
+        similarity_BN = exact(a_BD) @ exact(b_ND).T
+        own_B = _own(a_BD, offset)
+        positive_B = similarity_BN.gather(1, own_B[:, None])[:, 0]
+        not_negative_BN = torch.zeros_like(similarity_BN, dtype=torch.bool).scatter(1, own_B[:, None], True)
+        if group_N is not None:
+            not_negative_BN = group_N[own_B][:, None] == group_N[None, :]
+            if same == "positive":
+                positive_B = similarity_BN.masked_fill(~not_negative_BN, torch.inf).amin(1)
+        negative_B = _negative(similarity_BN, not_negative_BN, positive_B, negatives)
+        return functional.relu(margin - positive_B + negative_B).sum() / max(len(b_ND), 1)
 
 
-def gather_with_grad(local_BD: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """The rows of all ranks, by rank (N, D); a row's gradient is the sum of what all ranks' losses ask of it."""
-    if _world() == 1:
-        return local_BD
-    gathered: torch.Tensor = _Gather.apply(local_BD, counts)  # type: ignore[no-untyped-call]  # torch's is untyped
-    return gathered
+def _negative(
+    similarity_BN: torch.Tensor, not_negative_BN: torch.Tensor, positive_B: torch.Tensor, negatives: Negatives
+) -> torch.Tensor:
+    """The chosen negative's similarity (B,), -inf where there is none."""
+    if not similarity_BN.shape[1]:
+        return positive_B
+    if negatives == "hardest":
+        return similarity_BN.masked_fill(not_negative_BN, -torch.inf).amax(1)
+    too_hard_BN = not_negative_BN | (similarity_BN >= positive_B[:, None])
+    semi_B = similarity_BN.masked_fill(too_hard_BN, -torch.inf).amax(1)
+    easiest_B = similarity_BN.masked_fill(not_negative_BN, torch.inf).amin(1)
+    easiest_B = easiest_B.masked_fill(easiest_B.isposinf(), -torch.inf)
+    return torch.where(semi_B.isneginf(), easiest_B, semi_B)
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, local_BD: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        ctx.counts = counts  # type: ignore[attr-defined]  # autograd's way to remember
-        padded = local_BD.new_zeros(max(counts), local_BD.shape[1])
-        padded[: len(local_BD)] = local_BD
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+def matryoshka(loss: OneWay, dims: Sequence[int], weights: Sequence[float] | None = None) -> OneWay:
+    """The sum over prefixes of the vectors, each of unit length again (Kusupati et al. 2022, arXiv:2205.13147).
 
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None]:
-        counts: list[int] = ctx.counts  # type: ignore[attr-defined]  # see forward
-        total_ND = grad_ND.contiguous().clone()
-        dist.all_reduce(total_ND)
-        start = sum(counts[: _rank()])
-        return total_ND[start : start + counts[_rank()]], None
+    dims: lengths of the prefixes; weights: one each, 1 by default.
+    """
+    weighed = list(zip(dims, weights or [1.0] * len(dims), strict=True))
+
+    def over_prefixes(
+        a_BD: torch.Tensor, b_ND: torch.Tensor, /, *, offset: int, group_N: torch.Tensor | None
+    ) -> torch.Tensor:
+        parts = [w * loss(prefix(a_BD, d), prefix(b_ND, d), offset=offset, group_N=group_N) for d, w in weighed]
+        return torch.stack(parts).sum()
+
+    return over_prefixes
 
 
-def _exact(features: torch.Tensor) -> torch.Tensor:
+def prefix(vectors_BD: torch.Tensor, dim: int) -> torch.Tensor:
+    """The first `dim` dimensions, of unit length again."""
+    if dim == vectors_BD.shape[1]:
+        return vectors_BD
+    return functional.normalize(exact(vectors_BD[:, :dim]), dim=-1)
+
+
+def exact(features: torch.Tensor) -> torch.Tensor:
+    """In float32 at least."""
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def _own(a_BD: torch.Tensor, offset: int) -> torch.Tensor:
+    """The candidate that belongs to each row (B,)."""
+    return torch.arange(offset, offset + len(a_BD), device=a_BD.device)
 
 
-def _rank() -> int:
-    return dist.get_rank() if _world() > 1 else 0
+Tile = Callable[[slice, Sequence[torch.Tensor]], torch.Tensor]
+
+
+def tiled(loss: Tile, num_rows: int, tile: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of loss(rows, tensors) over tiles of rows, with its gradient, in the memory of one tile.
+
+    Each tile's gradient is taken at once and only its sum kept, so no tile outlives its turn (Inf-CL, Cheng et al.
+    2024, arXiv:2410.17243, does the same inside a kernel). First derivatives only.
+    """
+    if num_rows <= tile or not torch.is_grad_enabled():
+        starts = range(0, max(num_rows, 1), tile)
+        return torch.stack([loss(slice(i, min(i + tile, num_rows)), tensors) for i in starts]).sum()
+    total: torch.Tensor = _Tiled.apply(loss, num_rows, tile, *tensors)  # type: ignore[no-untyped-call]  # torch's
+    return total
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, loss: Tile, num_rows: int, tile: int, *tensors: torch.Tensor
+    ) -> torch.Tensor:
+        needed = ctx.needs_input_grad[3:]  # type: ignore[attr-defined]  # autograd's
+        leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needed, strict=True)]
+        total = torch.zeros((), dtype=exact(tensors[0]).dtype, device=tensors[0].device)
+        with torch.enable_grad():
+            for start in range(0, num_rows, tile):
+                share = loss(slice(start, min(start + tile, num_rows)), leaves)
+                if share.requires_grad:
+                    torch.autograd.backward(share)
+                total += share.detach()
+        ctx.save_for_backward(*[leaf.grad for leaf in leaves])  # type: ignore[arg-type]  # None where none is needed
+        return total
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grads = ctx.saved_tensors  # type: ignore[attr-defined]  # autograd's
+        return (None, None, None, *(None if found is None else grad * found for found in grads))

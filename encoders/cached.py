@@ -1,0 +1,66 @@
+"""Batches larger than memory: gradients by way of cached vectors (GradCache, Gao et al. 2021, arXiv:2101.06983).
+
+The loss needs every vector of the batch, its graph needs only one part at a time: vectors are computed without a graph,
+the loss gives each vector its gradient, and each part is computed again, with a graph, and that gradient sent through.
+The result is the gradient of the whole batch, whatever the parts.
+
+Assumes: a part gives the same vectors both times. What it draws from torch's own random state is replayed; anything
+else that it draws at random must depend on the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+
+Part = Callable[[], torch.Tensor]
+ShareOf = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+_State = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def backward(parts: Mapping[str, Sequence[Part]], share_of: ShareOf, device: torch.device) -> torch.Tensor:
+    """Add the gradient of share_of({modality: vectors (B, D)}) to every parameter; returns the share, detached.
+
+    parts: per modality the forward passes of its micro-batches, in the order of the rows, at least one.
+    """
+    if all(len(some) == 1 for some in parts.values()):
+        share = share_of({name: some[0]() for name, some in parts.items()})
+        torch.autograd.backward(share)
+        return share.detach()
+    vectors: dict[str, list[torch.Tensor]] = {}
+    states: dict[str, list[_State]] = {}
+    with torch.no_grad():
+        for name, some in parts.items():
+            states[name], vectors[name] = [], []
+            for part in some:
+                states[name].append(_random_state(device))
+                vectors[name].append(part())
+    leaves = {name: torch.cat(found).requires_grad_() for name, found in vectors.items()}
+    sizes = {name: [len(found) for found in some] for name, some in vectors.items()}
+    del vectors
+    share = share_of(leaves)
+    torch.autograd.backward(share)
+    for name, leaf in leaves.items():
+        grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        for part, state, part_grad in zip(parts[name], states[name], torch.split(grad, sizes[name]), strict=True):
+            with _replayed(state, device):
+                again = part()
+            if again.requires_grad:
+                torch.autograd.backward(again, part_grad)
+    return share.detach()
+
+
+def _random_state(device: torch.device) -> _State:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def _replayed(state: _State, device: torch.device) -> Iterator[None]:
+    """torch's random state as it was then; afterwards as it is now."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], device)
+        yield

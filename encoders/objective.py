@@ -1,0 +1,181 @@
+"""What a training step minimises: one loss over a weighted graph of pairs of modalities, over the rows of all ranks.
+
+Assumes: each rank calls with its own rows and sums losses and gradients over ranks afterwards (a wrapper that averages
+them gives 1/W of both). Every rank takes part in every call, with zero rows if it has none, and calls backward if any
+does. The gradient is exact for every parameter, scales and biases included, at any number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate, combinations
+from typing import Literal, Protocol
+
+import torch
+
+from conjoin.encoders import losses, ranks
+from conjoin.encoders.losses import Negatives, OneWay
+from conjoin.encoders.spec import Loss
+
+# 8 MB of float32 similarities at a time; a tile's temporaries are a few times that
+_TILE_ELEMENTS = 1 << 21
+
+PairLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Scaled(Protocol):
+    """What a joint encoder gives for a pair of modalities."""
+
+    def scale(self, a: str, b: str) -> torch.Tensor: ...
+    def bias(self, a: str, b: str) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One modality of this rank's rows: the unit vectors of those rows where present_B is true, in their order."""
+
+    vectors_BD: torch.Tensor
+    present_B: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """same_group: records of one group are left out (`mask`), count as right (`positive`) or as wrong (`negative`).
+
+    weights: by pair of modalities, in any order of the two; pairs it does not name are not trained, all are if it is
+    empty. matryoshka: prefixes of the vectors that are trained along, in dimensions. custom: a loss of the user's own,
+    called with all ranks' rows (a_ND, b_ND, scale, group_N), its mean over rows returned.
+    """
+
+    loss: Loss = "infonce"
+    same_group: Literal["mask", "positive", "negative"] = "mask"
+    weights: Mapping[frozenset[str], float] = field(default_factory=dict)
+    matryoshka: Sequence[int] = ()
+    margin: float = 0.2
+    negatives: Negatives = "hardest"
+    custom: PairLoss | None = None
+    tile_elements: int = _TILE_ELEMENTS
+
+    def pairs(self, modalities: Sequence[str]) -> dict[tuple[str, str], float]:
+        """The trained pairs and their shares of the loss, which sum to 1."""
+        found = {
+            (a, b): self.weights.get(frozenset((a, b)), 0.0) if self.weights else 1.0
+            for a, b in combinations(modalities, 2)
+        }
+        total = sum(found.values())
+        return {pair: weight / total for pair, weight in found.items() if weight > 0}
+
+    def share(self, encoded: Mapping[str, Encoded], scaled: Scaled, group_B: torch.Tensor) -> torch.Tensor:
+        """This rank's share of the loss; group_B: (B,) int64 of its rows."""
+        batch = _Batch.gathered(encoded, group_B)
+        pairs = self.pairs(list(encoded))
+        parts = [weight * self._pair(batch, pair, scaled) for pair, weight in pairs.items()]
+        # a rank without rows still has a graph, so that its backward takes part in the collectives
+        return torch.stack(parts).sum() + 0 * batch.vectors_TD.sum()
+
+    def chance(self, num_rows: int) -> float:
+        """The loss of vectors that tell nothing apart, in a batch of so many pairs."""
+        if self.loss == "triplet":
+            return 2 * self.margin
+        if self.loss == "sigmoid":
+            # the best constant probability is 1/N: N times its entropy
+            return math.log(num_rows) + (num_rows - 1) * math.log(num_rows / max(num_rows - 1, 1))
+        return math.log(num_rows)
+
+    def _pair(self, batch: _Batch, pair: tuple[str, str], scaled: Scaled) -> torch.Tensor:
+        both_N = batch.column(pair[0]) & batch.column(pair[1])
+        a, b = (batch.rows_of(name, both_N) for name in pair)
+        group_N = None if self.same_group == "negative" else batch.group_N[both_N]
+        first = int(both_N[: batch.start].sum())
+        mine = slice(first, first + int(both_N[batch.start : batch.stop].sum()))
+        scale, bias = scaled.scale(*pair).to(a.device), scaled.bias(*pair).to(a.device)
+        if self.custom is not None:
+            return self._custom(a, b, scale, batch.group_N[both_N]) / ranks.world()
+        tile = max(1, self.tile_elements // max(len(b), 1))
+        forth = self._way(mine, tile, (a, b, scale, bias), group_N)
+        if self.loss == "sigmoid":
+            return forth
+        back = self._way(mine, tile, (b, a, scale, bias), group_N)
+        return (forth + back) / 2 if self.loss == "infonce" else forth + back
+
+    def _way(
+        self, mine: slice, tile: int, tensors: Sequence[torch.Tensor], group_N: torch.Tensor | None
+    ) -> torch.Tensor:
+        """This rank's rows of the first tensor against all of the second; then scale and bias."""
+
+        def tile_loss(rows: slice, given: Sequence[torch.Tensor]) -> torch.Tensor:
+            a_ND, b_ND, scale, bias = given
+            first = mine.start + rows.start
+            chosen = a_ND[first : mine.start + rows.stop]
+            return self._bound(scale, bias)(chosen, b_ND, offset=first, group_N=group_N)
+
+        return losses.tiled(tile_loss, mine.stop - mine.start, tile, tensors)
+
+    def _bound(self, scale: torch.Tensor, bias: torch.Tensor) -> OneWay:
+        same: losses.Same = "positive" if self.same_group == "positive" else "mask"
+        way: OneWay
+        if self.loss == "infonce":
+            way = partial(losses.infonce, scale=scale, same=same)
+        elif self.loss == "sigmoid":
+            way = partial(losses.sigmoid, scale=scale, bias=bias, same=same)
+        else:
+            way = partial(losses.triplet, margin=self.margin, negatives=self.negatives, same=same)
+        if not self.matryoshka:
+            return way
+        return losses.matryoshka(way, self.matryoshka, [1 / len(self.matryoshka)] * len(self.matryoshka))
+
+    def _custom(
+        self, a_ND: torch.Tensor, b_ND: torch.Tensor, scale: torch.Tensor, group_N: torch.Tensor
+    ) -> torch.Tensor:
+        assert self.custom is not None
+        dims = self.matryoshka or [a_ND.shape[1]]
+        parts = [self.custom(losses.prefix(a_ND, d), losses.prefix(b_ND, d), scale, group_N) for d in dims]
+        return torch.stack(parts).mean()
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The rows of all ranks, by rank. vectors_TD: all modalities' present rows below each other; places: which of them
+    are a modality's, in the order of the batch; present_NM, group_N: of all N rows; start and stop: this rank's."""
+
+    vectors_TD: torch.Tensor
+    places: Mapping[str, torch.Tensor]
+    present_NM: torch.Tensor
+    group_N: torch.Tensor
+    start: int
+    stop: int
+
+    @classmethod
+    def gathered(cls, encoded: Mapping[str, Encoded], group_B: torch.Tensor) -> _Batch:
+        present_BM = torch.stack([found.present_B for found in encoded.values()], dim=1)
+        counts = ranks.gather_counts(len(group_B), group_B.device)
+        facts = ranks.gather(torch.cat([present_BM.to(torch.int64), group_B[:, None]], dim=1), counts)
+        present_NM = facts[:, :-1].bool()
+        # one collective for all modalities: several could run backward in another order on another rank
+        per_rank = [present_NM[end - count : end].sum(0).tolist() for end, count in _ends(counts)]
+        local = torch.cat([losses.exact(found.vectors_BD) for found in encoded.values()])
+        vectors_TD = ranks.gather_with_grad(local, [sum(rows) for rows in per_rank])
+        places: dict[str, list[torch.Tensor]] = {name: [] for name in encoded}
+        at = 0
+        for rows in per_rank:
+            for name, count in zip(encoded, rows, strict=True):
+                places[name].append(torch.arange(at, at + count, device=local.device))
+                at += count
+        start = sum(counts[: ranks.rank()])
+        whole = {name: torch.cat(parts) for name, parts in places.items()}
+        return cls(vectors_TD, whole, present_NM, facts[:, -1], start, start + counts[ranks.rank()])
+
+    def column(self, name: str) -> torch.Tensor:
+        """Which rows have this modality (N,)."""
+        return self.present_NM[:, list(self.places).index(name)]
+
+    def rows_of(self, name: str, both_N: torch.Tensor) -> torch.Tensor:
+        """The vectors of one modality of the rows that are wanted, all of which have it."""
+        return self.vectors_TD[self.places[name][both_N[self.column(name)]]]
+
+
+def _ends(counts: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(accumulate(counts), counts, strict=True))
