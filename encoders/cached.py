@@ -17,13 +17,17 @@ import torch
 
 Part = Callable[[], torch.Tensor]
 ShareOf = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+Sync = Callable[[str, bool], None]
 _State = tuple[torch.Tensor, torch.Tensor | None]
 
 
-def backward(parts: Mapping[str, Sequence[Part]], share_of: ShareOf, device: torch.device) -> torch.Tensor:
+def backward(
+    parts: Mapping[str, Sequence[Part]], share_of: ShareOf, device: torch.device, sync: Sync | None = None
+) -> torch.Tensor:
     """Add the gradient of share_of({modality: vectors (B, D)}) to every parameter; returns the share, detached.
 
-    parts: per modality the forward passes of its micro-batches, in the order of the rows, at least one.
+    parts: per modality the forward passes of its micro-batches, in the order of the rows, at least one. sync: called
+    before each backward pass with the modality and whether it is its last, when ranks may sum its gradients.
     """
     if all(len(some) == 1 for some in parts.values()):
         share = share_of({name: some[0]() for name, some in parts.items()})
@@ -44,7 +48,11 @@ def backward(parts: Mapping[str, Sequence[Part]], share_of: ShareOf, device: tor
     torch.autograd.backward(share)
     for name, leaf in leaves.items():
         grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        for part, state, part_grad in zip(parts[name], states[name], torch.split(grad, sizes[name]), strict=True):
+        last = len(parts[name]) - 1
+        grads = torch.split(grad, sizes[name])
+        for number, (part, state, part_grad) in enumerate(zip(parts[name], states[name], grads, strict=True)):
+            if sync is not None:
+                sync(name, number == last)
             with _replayed(state, device):
                 again = part()
             if again.requires_grad:

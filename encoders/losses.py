@@ -2,13 +2,13 @@
 
 Assumes: row i of `a` belongs to row offset + i of `b`, the N candidates of all ranks. A loss is a sum over the B rows
 given, divided by N, so that the shares of rows, tiles and ranks add up to the loss of the whole batch. Everything is
-computed in float32 at least, whatever the autocast. Rows of one group (`group_N`) are never negatives of each other:
-`mask` leaves them out, `positive` counts them as right.
+computed in float32 at least, whatever the autocast. Rows of one group are never negatives of each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -18,12 +18,29 @@ Same = Literal["mask", "positive"]
 Negatives = Literal["hardest", "semi-hard"]
 
 
+@dataclass(frozen=True, slots=True)
+class Among:
+    """Where the rows stand among the candidates: row i belongs to candidate offset + i.
+
+    group_N: (N,) int64, or None; candidates of a row's group are left out (`mask`) or count as right (`positive`).
+    """
+
+    offset: int = 0
+    group_N: torch.Tensor | None = None
+    same: Same = "mask"
+
+    def own(self, a_BD: torch.Tensor) -> torch.Tensor:
+        """The candidate that belongs to each row (B,)."""
+        return torch.arange(self.offset, self.offset + len(a_BD), device=a_BD.device)
+
+
+ALONE = Among()
+
+
 class OneWay(Protocol):
     """A loss of some rows of `a` against all candidates `b`, with everything else bound."""
 
-    def __call__(
-        self, a_BD: torch.Tensor, b_ND: torch.Tensor, /, *, offset: int, group_N: torch.Tensor | None
-    ) -> torch.Tensor: ...
+    def __call__(self, a_BD: torch.Tensor, b_ND: torch.Tensor, /, *, among: Among) -> torch.Tensor: ...
 
 
 def infonce(
@@ -31,22 +48,20 @@ def infonce(
     b_ND: torch.Tensor,
     scale: torch.Tensor | float,
     *,
-    offset: int = 0,
-    group_N: torch.Tensor | None = None,
-    same: Same = "mask",
+    among: Among = ALONE,
 ) -> torch.Tensor:
     """One-way InfoNCE (van den Oord et al. 2018, arXiv:1807.03748): row i of `a` should find row offset + i of `b`.
 
     `positive`: the mean over all rows of the group, all of them in the denominator (L_out of Khosla et al. 2020,
-    arXiv:2004.11362). group_N: (N,) int64.
+    arXiv:2004.11362).
     """
     with torch.autocast(a_BD.device.type, enabled=False):
         logits_BN = scale * (exact(a_BD) @ exact(b_ND).T)
-        own_B = _own(a_BD, offset)
+        own_B = among.own(a_BD)
         positive_B = logits_BN.gather(1, own_B[:, None])[:, 0]
-        if group_N is not None:
-            same_BN = group_N[own_B][:, None] == group_N[None, :]
-            if same == "positive":
+        if among.group_N is not None:
+            same_BN = among.group_N[own_B][:, None] == among.group_N[None, :]
+            if among.same == "positive":
                 positive_B = (logits_BN * same_BN).sum(1) / same_BN.sum(1)
             else:
                 same_BN = same_BN.scatter(1, own_B[:, None], False)
@@ -61,9 +76,7 @@ def sigmoid(
     scale: torch.Tensor | float,
     bias: torch.Tensor | float,
     *,
-    offset: int = 0,
-    group_N: torch.Tensor | None = None,
-    same: Same = "mask",
+    among: Among = ALONE,
 ) -> torch.Tensor:
     """SigLIP's loss (Zhai et al. 2023, arXiv:2303.15343): every pair on its own is right or wrong; symmetric as it is.
 
@@ -71,10 +84,10 @@ def sigmoid(
     """
     with torch.autocast(a_BD.device.type, enabled=False):
         logits_BN = scale * (exact(a_BD) @ exact(b_ND).T) + bias
-        own_B = _own(a_BD, offset)
+        own_B = among.own(a_BD)
         right_BN = torch.zeros_like(logits_BN, dtype=torch.bool).scatter(1, own_B[:, None], True)
-        same_BN = right_BN if group_N is None else group_N[own_B][:, None] == group_N[None, :]
-        if same == "positive":
+        same_BN = right_BN if among.group_N is None else among.group_N[own_B][:, None] == among.group_N[None, :]
+        if among.same == "positive":
             right_BN = same_BN
         # not softplus: torch's is linear above 20, which a float64 check can see
         loss_BN = -functional.logsigmoid(torch.where(right_BN, logits_BN, -logits_BN))
@@ -87,9 +100,7 @@ def triplet(
     margin: float,
     *,
     negatives: Negatives = "hardest",
-    offset: int = 0,
-    group_N: torch.Tensor | None = None,
-    same: Same = "mask",
+    among: Among = ALONE,
 ) -> torch.Tensor:
     """Hinge on cosine similarities against one negative of the whole batch per row; no scale.
 
@@ -100,12 +111,12 @@ def triplet(
     """
     with torch.autocast(a_BD.device.type, enabled=False):
         similarity_BN = exact(a_BD) @ exact(b_ND).T
-        own_B = _own(a_BD, offset)
+        own_B = among.own(a_BD)
         positive_B = similarity_BN.gather(1, own_B[:, None])[:, 0]
         not_negative_BN = torch.zeros_like(similarity_BN, dtype=torch.bool).scatter(1, own_B[:, None], True)
-        if group_N is not None:
-            not_negative_BN = group_N[own_B][:, None] == group_N[None, :]
-            if same == "positive":
+        if among.group_N is not None:
+            not_negative_BN = among.group_N[own_B][:, None] == among.group_N[None, :]
+            if among.same == "positive":
                 positive_B = similarity_BN.masked_fill(~not_negative_BN, torch.inf).amin(1)
         negative_B = _negative(similarity_BN, not_negative_BN, positive_B, negatives)
         return functional.relu(margin - positive_B + negative_B).sum() / max(len(b_ND), 1)
@@ -133,10 +144,8 @@ def matryoshka(loss: OneWay, dims: Sequence[int], weights: Sequence[float] | Non
     """
     weighed = list(zip(dims, weights or [1.0] * len(dims), strict=True))
 
-    def over_prefixes(
-        a_BD: torch.Tensor, b_ND: torch.Tensor, /, *, offset: int, group_N: torch.Tensor | None
-    ) -> torch.Tensor:
-        parts = [w * loss(prefix(a_BD, d), prefix(b_ND, d), offset=offset, group_N=group_N) for d, w in weighed]
+    def over_prefixes(a_BD: torch.Tensor, b_ND: torch.Tensor, /, *, among: Among) -> torch.Tensor:
+        parts = [w * loss(prefix(a_BD, d), prefix(b_ND, d), among=among) for d, w in weighed]
         return torch.stack(parts).sum()
 
     return over_prefixes
@@ -152,11 +161,6 @@ def prefix(vectors_BD: torch.Tensor, dim: int) -> torch.Tensor:
 def exact(features: torch.Tensor) -> torch.Tensor:
     """In float32 at least."""
     return features.to(torch.promote_types(features.dtype, torch.float32))
-
-
-def _own(a_BD: torch.Tensor, offset: int) -> torch.Tensor:
-    """The candidate that belongs to each row (B,)."""
-    return torch.arange(offset, offset + len(a_BD), device=a_BD.device)
 
 
 Tile = Callable[[slice, Sequence[torch.Tensor]], torch.Tensor]

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import torch
 
 from conjoin.encoders import losses, ranks
-from conjoin.encoders.losses import Negatives, OneWay
+from conjoin.encoders.losses import Among, Negatives, OneWay
 from conjoin.encoders.spec import Loss
 
 # 8 MB of float32 similarities at a time; a tile's temporaries are a few times that
@@ -106,23 +106,24 @@ class Objective:
     ) -> torch.Tensor:
         """This rank's rows of the first tensor against all of the second; then scale and bias."""
 
+        same: losses.Same = "positive" if self.same_group == "positive" else "mask"
+
         def tile_loss(rows: slice, given: Sequence[torch.Tensor]) -> torch.Tensor:
             a_ND, b_ND, scale, bias = given
             first = mine.start + rows.start
             chosen = a_ND[first : mine.start + rows.stop]
-            return self._bound(scale, bias)(chosen, b_ND, offset=first, group_N=group_N)
+            return self._bound(scale, bias)(chosen, b_ND, among=Among(first, group_N, same))
 
         return losses.tiled(tile_loss, mine.stop - mine.start, tile, tensors)
 
     def _bound(self, scale: torch.Tensor, bias: torch.Tensor) -> OneWay:
-        same: losses.Same = "positive" if self.same_group == "positive" else "mask"
         way: OneWay
         if self.loss == "infonce":
-            way = partial(losses.infonce, scale=scale, same=same)
+            way = partial(losses.infonce, scale=scale)
         elif self.loss == "sigmoid":
-            way = partial(losses.sigmoid, scale=scale, bias=bias, same=same)
+            way = partial(losses.sigmoid, scale=scale, bias=bias)
         else:
-            way = partial(losses.triplet, margin=self.margin, negatives=self.negatives, same=same)
+            way = partial(losses.triplet, margin=self.margin, negatives=self.negatives)
         if not self.matryoshka:
             return way
         return losses.matryoshka(way, self.matryoshka, [1 / len(self.matryoshka)] * len(self.matryoshka))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,39 @@ class Checkpoint:
     progressed: Progressed
     tensors: Mapping[str, torch.Tensor]
     log: Sequence[Mapping[str, float]]
+
+
+class Writer:
+    """Writes checkpoints beside the training, one at a time; a context manager that ends when the last one is whole.
+
+    Raises StorageError of a failed write at the next one, or at the end.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._wait()
+        finally:
+            self._pool.shutdown()
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Copies the tensors, which the next step changes, and returns; waits for the checkpoint before."""
+        self._wait()
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in checkpoint.tensors.items()}
+        copied = replace(checkpoint, tensors=copies)
+        self._writing = self._pool.submit(write, self._directory, copied)
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
 
 
 def write(directory: str, checkpoint: Checkpoint) -> None:

@@ -140,3 +140,17 @@ def _holds(rows: pa.Table, where: str | None) -> NDArray[np.bool_]:
         except duckdb.Error as error:
             raise ConfigError(f"train.where cannot be evaluated: {str(error).splitlines()[0]}", where=where) from error
     return np.asarray(held["held"].combine_chunks().to_numpy(zero_copy_only=False), dtype=bool)
+
+
+def ids_of(source: SourceConfig, rows: Selection, positions: Positions) -> list[str]:
+    """The ids of some rows, in this order, as text."""
+    from conjoin.pipeline.features import reading_units
+    from conjoin.pipeline.source import read_rows
+
+    found: dict[int, str] = {}
+    for unit in reading_units(rows, positions):
+        where = (str(unit["file"]), int(str(unit["row_group"])))
+        table = read_rows(source, *where, [source.id], np.array(unit["rows"]))
+        values = utf8.python_values(table[source.id])
+        found |= dict(zip(np.array(unit["position"]).tolist(), map(str, values), strict=True))
+    return [found[int(position)] for position in positions]

@@ -11,28 +11,30 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from conjoin.pipeline import storage
+from conjoin.pipeline.custom import Custom
 from conjoin.pipeline.errors import ConfigError, EncoderError, Interrupted, TrainError
 from conjoin.pipeline.progress import Progress, ShowProgress, silent
 from conjoin.pipeline.recipe import BESIDE_THE_POINT, TrainConfig
+from conjoin.pipeline.symptoms import symptom
 
 if TYPE_CHECKING:
-    from conjoin.encoders.joint import JointEncoder
     from conjoin.encoders.spec import Json
     from conjoin.pipeline.features import Features
-    from conjoin.pipeline.fit import Data
+    from conjoin.pipeline.forward import Data
     from conjoin.pipeline.selection import Selection
     from conjoin.pipeline.source import SourceConfig, SourceFile
 
 _TOKENIZER_CAPTIONS = 200_000
+_SHOWN = ("loss", "samples_per_s")
 _POLL_S = 0.5
 _LOG_EVERY_S = 5.0
-# Stuck at ln B is how a joint training fails most often: too high a rate, collapsed vectors.
-_STUCK_STEPS, _STUCK_SHARE = 40, 0.2
+# Of lost workers, each of which costs a start of Ray Train and the steps since the last checkpoint.
+_MAX_FAILURES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +66,17 @@ class TrainReport:
         ]
 
 
-def train(name: str, source: SourceConfig, recipe: TrainConfig, *, progress: ShowProgress = silent) -> TrainReport:
+def train(
+    name: str,
+    source: SourceConfig,
+    recipe: TrainConfig,
+    *,
+    custom: Custom | None = None,
+    progress: ShowProgress = silent,
+) -> TrainReport:
     """Train an encoder; a finished run is returned as it is, an unfinished one goes on where it stopped.
+
+    custom: the caller's own backbones, loss and callbacks.
 
     Raises SourceError, ConfigError or TrainError for data or a recipe that cannot be trained, Interrupted on Ctrl-C.
     """
@@ -75,9 +86,11 @@ def train(name: str, source: SourceConfig, recipe: TrainConfig, *, progress: Sho
 
     started = time.monotonic()
     source = source if recipe.path is None else source.model_copy(update={"path": recipe.path})
+    custom = custom or Custom()
     _check_towers(source, recipe)
     files = list_source(source)
-    folder = storage.join(storage.absolute(recipe.output), f"{name}-{_digest(source, recipe, files)[:8]}")
+    digest = _digest(source, recipe, files, custom)
+    folder = storage.join(storage.absolute(recipe.output), f"{name}-{digest[:8]}")
     if storage.exists(storage.join(folder, "report.json")):
         raw = storage.read_json(storage.join(folder, "report.json"))
         return TrainReport(**{key: value for key, value in raw.items() if key != "format"})  # type: ignore[arg-type]
@@ -90,10 +103,10 @@ def train(name: str, source: SourceConfig, recipe: TrainConfig, *, progress: Sho
     try:
         features = _features(source, recipe, rows, initial, progress)
         data = _data(source, rows, features)
-        figures = _fit(data, recipe, folder, progress)
+        figures = _fit(data, recipe, folder, custom, progress)
     except KeyboardInterrupt:
         raise Interrupted("training stopped", where=folder, next="The same command goes on where it stopped") from None
-    return _finish(folder, len(data.train), figures, time.monotonic() - started)
+    return _finish(folder, len(data.train), figures, symptom(figures, recipe.loss), time.monotonic() - started)
 
 
 def _check_towers(source: SourceConfig, recipe: TrainConfig) -> None:
@@ -109,10 +122,11 @@ def _check_towers(source: SourceConfig, recipe: TrainConfig) -> None:
         )
 
 
-def _digest(source: SourceConfig, recipe: TrainConfig, files: Sequence[SourceFile]) -> str:
+def _digest(source: SourceConfig, recipe: TrainConfig, files: Sequence[SourceFile], custom: Custom) -> str:
     """Of everything that decides the weights: recipe, columns, split, and the files by path, size and etag."""
     fields = source.model_dump(mode="json", include={"id", "group", "image", "text", "audio", "split"})
     fields |= recipe.model_dump(mode="json", exclude=BESIDE_THE_POINT)
+    fields["custom"] = custom.digests()
     fields["files"] = [(file.path, file.size_bytes, file.etag) for file in files]
     return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -138,7 +152,7 @@ def _build(source: SourceConfig, recipe: TrainConfig, rows: Selection, folder: s
     }
     needs_captions = "text" in towers and towers["text"].model == "builtin"
     try:
-        encoder = build(options, recipe.dim, _captions(source, rows) if needs_captions else ())
+        encoder = build(options, recipe.dim, _captions(source, rows) if needs_captions else (), recipe.loss)
     except (ValueError, OSError) as error:
         raise EncoderError(f"the towers cannot be built: {error}", next="Check train.towers") from error
     save_encoder(encoder, folder, {})
@@ -183,38 +197,51 @@ def _features(
 
 
 def _data(source: SourceConfig, rows: Mapping[str, Selection], features: Mapping[str, Features]) -> Data:
-    from conjoin.pipeline.fit import Data
+    from conjoin.pipeline.forward import Data
 
     return Data(source, rows["train"], rows["validation"], dict(features))
 
 
-def _fit(data: Data, recipe: TrainConfig, folder: str, progress: ShowProgress) -> dict[str, float]:
+def _fit(data: Data, recipe: TrainConfig, folder: str, custom: Custom, progress: ShowProgress) -> dict[str, float]:
     """Run the loop on the workers; returns the last record's figures."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from conjoin.pipeline.rank import Job, Sink, work
+
     sink = ray.remote(num_cpus=0)(Sink).remote()
-    log = _Log(folder, sink, progress)
-    gpu = ray.cluster_resources().get("GPU", 0) >= recipe.workers
+    log = _Log(folder, sink, lambda figures: symptom(figures, recipe.loss), progress)
+    gpu = ray.cluster_resources().get("GPU", 0) >= (recipe.min_workers or recipe.workers)
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // recipe.workers)
-    config = {"data": ray.put(data), "recipe": recipe, "folder": folder, "sink": sink, "threads": cpus}
+    job = Job(ray.put(data), recipe, folder, sink, cpus, _bytes_per_row(folder, data), custom)
     with tempfile.TemporaryDirectory(prefix="conjoin-train-") as scratch, log:
         trainer = TorchTrainer(
-            _worker,
-            train_loop_config=config,
+            work,
+            train_loop_config={"job": job},
             scaling_config=ScalingConfig(
-                num_workers=recipe.workers,
+                num_workers=(recipe.min_workers, recipe.workers) if recipe.min_workers else recipe.workers,
                 use_gpu=gpu,
                 resources_per_worker={"CPU": 0.25, **({"GPU": 1} if gpu else {})},
             ),
-            run_config=RunConfig(storage_path=scratch, failure_config=FailureConfig(max_failures=2)),
+            run_config=RunConfig(storage_path=scratch, failure_config=FailureConfig(max_failures=_MAX_FAILURES)),
         )
         try:
             trainer.fit()
         except Exception as error:
             raise _cause(error) from error
+        if failed := ray.get(sink.failed.remote()):
+            raise failed
     return log.last
+
+
+def _bytes_per_row(folder: str, data: Data) -> int:
+    """What a row of the towers that are trained whole costs in memory, seen on this machine."""
+    from conjoin.encoders.footprint import bytes_per_row
+    from conjoin.pipeline.embedder import load
+
+    encoder = load(storage.join(folder, "initial"), device="cpu").encoder
+    return sum(bytes_per_row(encoder.tower(name)) for name in encoder.spec.towers if name not in data.features)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -229,54 +256,14 @@ def _cause(error: BaseException) -> BaseException:
     return TrainError(f"a training worker failed: {str(error).strip().splitlines()[-1]}")
 
 
-def _worker(config: dict[str, Any]) -> None:
-    """One rank, inside Ray Train."""
-    import ray
-    import ray.train
-    import torch
-
-    from conjoin.pipeline.checkpoints import save_encoder
-    from conjoin.pipeline.embedder import load
-    from conjoin.pipeline.fit import Loop, Place
-
-    context = ray.train.get_context()
-    torch.set_num_threads(config["threads"])
-    recipe, folder = config["recipe"], config["folder"]
-    device = ray.train.torch.get_device()
-    precision = recipe.precision if recipe.precision != "auto" else ("bf16" if device.type == "cuda" else "float32")
-    place = Place(context.get_world_rank(), context.get_world_size(), device, precision)
-    encoder: JointEncoder = load(storage.join(folder, "initial"), device="cpu").encoder
-    loop = Loop(encoder, ray.get(config["data"]), recipe, place)
-    loop.run(storage.join(folder, "checkpoints"), lambda records: ray.get(config["sink"].put.remote(records)))
-    if place.rank == 0:
-        save_encoder(encoder, storage.join(folder, "last"), {"step": loop.progressed.step})
-        with torch.no_grad():
-            for name, value in loop.best.items():
-                loop.trained[name].copy_(value)
-        save_encoder(encoder, storage.join(folder, "best"), {"step": loop.progressed.best_step})
-    if place.world > 1:
-        torch.distributed.barrier()
-
-
-class Sink:
-    """Where rank 0 leaves its records for the driver; an actor, so that the two may be on different machines."""
-
-    def __init__(self) -> None:
-        self._records: list[dict[str, float]] = []
-
-    def put(self, records: Sequence[dict[str, float]]) -> None:
-        self._records += records
-
-    def drain(self) -> list[dict[str, float]]:
-        drained, self._records = self._records, []
-        return drained
-
-
 class _Log:
     """Drains the sink in the background: `log.jsonl`, and progress for who watches."""
 
-    def __init__(self, folder: str, sink: Any, progress: ShowProgress) -> None:
+    def __init__(
+        self, folder: str, sink: Any, warn: Callable[[Mapping[str, float]], str], progress: ShowProgress
+    ) -> None:
         self._uri, self._sink, self._progress = storage.join(folder, "log.jsonl"), sink, progress
+        self._warn = warn
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self.last: dict[str, float] = {}
@@ -303,10 +290,8 @@ class _Log:
         for record in records:
             self._lines[int(record["step"])] = json.dumps(record)
             self.last |= record
-            facts: dict[str, float | str] = {
-                n: v for n, v in self.last.items() if n not in ("step", "total", "chance_loss")
-            }
-            if warning := stuck(self.last):
+            facts: dict[str, float | str] = {n: v for n, v in self.last.items() if n in _SHOWN or "_hit" in n}
+            if warning := self._warn(self.last):
                 facts["warning"] = warning
             self._progress(Progress("train", record["step"], record["total"], "steps", facts))
         if self._lines and (self._stop.is_set() or time.monotonic() - self._written_at >= _LOG_EVERY_S):
@@ -314,15 +299,7 @@ class _Log:
             storage.write_bytes(self._uri, "".join(f"{line}\n" for _, line in sorted(self._lines.items())).encode())
 
 
-def stuck(figures: Mapping[str, float]) -> str:
-    """What to say of a loss that is where guessing is although much of the run is over; empty otherwise."""
-    step, loss, chance = (figures.get(name, 0.0) for name in ("step", "loss", "chance_loss"))
-    if step < _STUCK_STEPS or step < figures["total"] * _STUCK_SHARE or not 0.98 * chance < loss < 1.02 * chance:
-        return ""
-    return f"the loss is still {loss:.2f}, no better than guessing: lower train.lr"
-
-
-def _finish(folder: str, rows: int, figures: Mapping[str, float], seconds: float) -> TrainReport:
+def _finish(folder: str, rows: int, figures: Mapping[str, float], warning: str, seconds: float) -> TrainReport:
     from conjoin.pipeline.embedder import read_spec
 
     encoder = storage.join(folder, "best")
@@ -335,7 +312,7 @@ def _finish(folder: str, rows: int, figures: Mapping[str, float], seconds: float
         seconds=seconds,
         samples_per_s=figures.get("samples_per_s", 0.0),
         metrics={name: value for name, value in figures.items() if "_hit" in name},
-        warning=stuck(figures),
+        warning=warning,
     )
     storage.write_json(storage.join(folder, "report.json"), asdict(report))
     return report

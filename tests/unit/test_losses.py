@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conjoin.encoders.losses import infonce, matryoshka, prefix, sigmoid, tiled, triplet
+from conjoin.encoders.losses import ALONE, Among, infonce, matryoshka, prefix, sigmoid, tiled, triplet
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())
 GROUP = [0, 1, 0, 2, 1, 0]
@@ -34,8 +34,8 @@ def random_pairs(seed: int, rows: int, dim: int = 5) -> tuple[torch.Tensor, torc
     return a, b
 
 
-def symmetric(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | float, **options: object) -> torch.Tensor:
-    return (infonce(a, b, scale, **options) + infonce(b, a, scale, **options)) / 2  # type: ignore[arg-type]
+def symmetric(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | float, among: Among = ALONE) -> torch.Tensor:
+    return (infonce(a, b, scale, among=among) + infonce(b, a, scale, among=among)) / 2
 
 
 def parameter(value: float) -> torch.Tensor:
@@ -93,9 +93,9 @@ def test_matryoshka_golden() -> None:
         found = symmetric(prefix(x, int(dim)), prefix(y, int(dim)), 1 / 0.07)
         assert found.item() == pytest.approx(golden, rel=1e-12)
     wrapped = matryoshka(partial(infonce, scale=1 / 0.07), [4, 2, 1])
-    both = (wrapped(x, y, offset=0, group_N=None) + wrapped(y, x, offset=0, group_N=None)) / 2
+    both = (wrapped(x, y, among=ALONE) + wrapped(y, x, among=ALONE)) / 2
     assert both.item() == pytest.approx(sum(GOLDEN["symmetric_on_prefixes"].values()), rel=1e-12)
-    weighed = matryoshka(partial(infonce, scale=20.0), [4, 1], [0.5, 2.0])(x, y, offset=0, group_N=None)
+    weighed = matryoshka(partial(infonce, scale=20.0), [4, 1], [0.5, 2.0])(x, y, among=ALONE)
     alone = [infonce(prefix(x, dim), prefix(y, dim), 20.0).item() for dim in (4, 1)]
     assert weighed.item() == pytest.approx(0.5 * alone[0] + 2 * alone[1], rel=1e-12)
 
@@ -131,12 +131,14 @@ def test_sigmoid_of_orthogonal_vectors_at_the_start() -> None:
 def test_a_duplicated_pair_is_a_false_negative_until_grouped() -> None:
     eye, group = torch.eye(4, dtype=torch.float64)[[0, 0, 2, 3]], torch.tensor([7, 7, 1, 2])
     assert symmetric(eye, eye, 100.0).item() == pytest.approx(2 * math.log(2) / 4)
-    assert symmetric(eye, eye, 100.0, group_N=group).item() == pytest.approx(0, abs=1e-12)
+    assert symmetric(eye, eye, 100.0, among=Among(group_N=group)).item() == pytest.approx(0, abs=1e-12)
     assert sigmoid(eye, eye, 50.0, -25.0).item() == pytest.approx(25 * 2 / 4, rel=1e-6)
     for same in ("mask", "positive"):
-        assert sigmoid(eye, eye, 50.0, -25.0, group_N=group, same=same).item() == pytest.approx(0, abs=1e-9)
+        assert sigmoid(eye, eye, 50.0, -25.0, among=Among(group_N=group, same=same)).item() == pytest.approx(
+            0, abs=1e-9
+        )
     assert triplet(eye, eye, 0.5).item() == pytest.approx(0.5 * 2 / 4)
-    assert triplet(eye, eye, 0.5, group_N=group).item() == 0
+    assert triplet(eye, eye, 0.5, among=Among(group_N=group)).item() == 0
 
 
 def infonce_loop(a: torch.Tensor, b: torch.Tensor, group: list[int] | None, same: str) -> float:
@@ -178,11 +180,11 @@ def triplet_loop(a: torch.Tensor, b: torch.Tensor, group: list[int] | None, same
 @pytest.mark.parametrize("same", ["mask", "positive"])
 def test_equal_the_loops(group: list[int] | None, same: str) -> None:
     a, b = random_pairs(3, 6)
-    options: dict[str, object] = {"group_N": None if group is None else torch.tensor(group), "same": same}
-    assert infonce(a, b, 8.0, **options).item() == pytest.approx(infonce_loop(a, b, group, same), rel=1e-12)  # type: ignore[arg-type]
-    assert sigmoid(a, b, 8.0, -3.0, **options).item() == pytest.approx(sigmoid_loop(a, b, group, same), rel=1e-12)  # type: ignore[arg-type]
+    among = Among(group_N=None if group is None else torch.tensor(group), same=same)  # type: ignore[arg-type]
+    assert infonce(a, b, 8.0, among=among).item() == pytest.approx(infonce_loop(a, b, group, same), rel=1e-12)  # type: ignore[arg-type]
+    assert sigmoid(a, b, 8.0, -3.0, among=among).item() == pytest.approx(sigmoid_loop(a, b, group, same), rel=1e-12)  # type: ignore[arg-type]
     for negatives in ("hardest", "semi-hard"):
-        found = triplet(a, b, 0.3, negatives=negatives, **options).item()  # type: ignore[arg-type]
+        found = triplet(a, b, 0.3, negatives=negatives, among=among).item()  # type: ignore[arg-type]
         assert found == pytest.approx(triplet_loop(a, b, group, same, negatives), rel=1e-12)
 
 
@@ -208,7 +210,7 @@ def test_symmetries(seed: int, rows: int, scale: float, shift: int) -> None:
         torch.testing.assert_close(loss(b, a), value)
         torch.testing.assert_close(loss(a[order], b[order]), value)
         torch.testing.assert_close(loss(a @ turn, b @ turn), value)
-    torch.testing.assert_close(symmetric(a, b, scale, group_N=torch.arange(rows)), symmetric(a, b, scale))
+    torch.testing.assert_close(symmetric(a, b, scale, among=Among(group_N=torch.arange(rows))), symmetric(a, b, scale))
 
 
 LOSSES = {
@@ -226,7 +228,7 @@ def test_tiles_give_the_whole_loss_and_every_gradient(loss: str, tile: int) -> N
 
     def tile_loss(rows: slice, given: list[torch.Tensor]) -> torch.Tensor:
         a, b, scale = given
-        return LOSSES[loss](a[rows], b, scale, offset=rows.start, group_N=group)
+        return LOSSES[loss](a[rows], b, scale, among=Among(rows.start, group))
 
     found = []
     for size in (7, tile):
@@ -242,8 +244,14 @@ def test_tiles_give_the_whole_loss_and_every_gradient(loss: str, tile: int) -> N
 def test_large_scale_and_masks_keep_gradients_finite() -> None:
     a, b = (features.float().requires_grad_() for features in random_pairs(5, 4))
     scale, one_group = torch.tensor(100.0, requires_grad=True), torch.tensor([1, 1, 1, 1])
-    total = symmetric(a, b, scale, group_N=one_group) + sigmoid(a, b, scale, -10.0, group_N=one_group)
-    total = total + triplet(a, b, 0.2, group_N=one_group) + triplet(a, b, 0.2, negatives="semi-hard", group_N=one_group)
+    total = symmetric(a, b, scale, among=Among(group_N=one_group)) + sigmoid(
+        a, b, scale, -10.0, among=Among(group_N=one_group)
+    )
+    total = (
+        total
+        + triplet(a, b, 0.2, among=Among(group_N=one_group))
+        + triplet(a, b, 0.2, negatives="semi-hard", among=Among(group_N=one_group))
+    )
     total.backward()
     assert torch.isfinite(total)
     assert torch.isfinite(grad(scale))
@@ -263,7 +271,9 @@ def test_autocast_does_not_lower_the_precision() -> None:
 def test_a_batch_without_pairs_costs_nothing_and_keeps_gradients_finite() -> None:
     nothing, scale = torch.zeros(0, 4, requires_grad=True), torch.tensor(10.0, requires_grad=True)
     group = torch.zeros(0, dtype=torch.int64)
-    loss = symmetric(nothing, nothing, scale, group_N=group) + sigmoid(nothing, nothing, scale, -10.0, group_N=group)
-    (loss + triplet(nothing, nothing, 0.2, group_N=group)).backward()
+    loss = symmetric(nothing, nothing, scale, among=Among(group_N=group)) + sigmoid(
+        nothing, nothing, scale, -10.0, among=Among(group_N=group)
+    )
+    (loss + triplet(nothing, nothing, 0.2, among=Among(group_N=group))).backward()
     assert loss.item() == 0
     assert grad(scale).item() == 0
