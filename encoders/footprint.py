@@ -8,29 +8,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from conjoin.encoders.spec import AudioTransform, ImageTransform, TextTransform
 from conjoin.encoders.towers import Tower
 
 _ROWS = 2
-
-
-def largest_value(tower: Tower) -> str | np.ndarray:
-    """A value as long as the tower's transform lets any be."""
-    transform = tower.spec.transform
-    if isinstance(transform, TextTransform):
-        return "a " * transform.max_tokens
-    if isinstance(transform, ImageTransform):
-        return np.zeros((transform.size_px, transform.size_px, 3), np.uint8)
-    assert isinstance(transform, AudioTransform)
-    return np.zeros(round(transform.max_s * transform.sample_rate_hz), np.float32)
-
-
-def smallest_value(tower: Tower) -> str | np.ndarray:
-    """A value that costs little, for a forward pass whose result nobody needs."""
-    transform = tower.spec.transform
-    if isinstance(transform, AudioTransform):
-        return np.zeros(min(transform.sample_rate_hz, round(transform.max_s * transform.sample_rate_hz)), np.float32)
-    return "a" if isinstance(transform, TextTransform) else largest_value(tower)
 
 
 def bytes_per_row(tower: Tower) -> int:
@@ -50,7 +30,7 @@ def _kept(tower: Tower, num_rows: int) -> int:
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    inputs = {name: value.to(device) for name, value in tower.collate([largest_value(tower)] * num_rows).items()}
+    inputs = {name: value.to(device) for name, value in tower.collate([tower.sample(longest=True)] * num_rows).items()}
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         # the graph must live until all is counted, or its memory is used again at the same address
         kept = tower.project(tower.features(inputs))

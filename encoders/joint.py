@@ -89,11 +89,23 @@ def pair_name(a: str, b: str) -> str:
 
 
 def build(
-    towers: Mapping[str, TowerOptions], dim: int, captions: Sequence[str] = (), loss: Loss = "infonce"
+    towers: Mapping[str, TowerOptions],
+    dim: int,
+    captions: Sequence[str] = (),
+    loss: Loss = "infonce",
+    backbones: Mapping[str, nn.Module] | None = None,
 ) -> JointEncoder:
-    """A new encoder; `captions` train the tokenizer of a built-in text tower. Raises ValueError naming the tower."""
+    """A new encoder; `captions` train the tokenizer of a built-in text tower; backbones: the caller's own, by modality.
+
+    Raises ValueError naming the tower.
+    """
     unknown = set(towers) - {"text", "image", "audio"}
     if unknown or not towers:
         raise ValueError(f"modalities are text, image and audio, not {sorted(unknown) or 'none'}")
-    built = {name: build_tower(cast(Kind, name), options, dim, captions) for name, options in towers.items()}
+    given = backbones or {}
+    if homeless := sorted(set(given) - set(towers)):
+        raise ValueError(f"a backbone for {homeless[0]} is given, but the source has no {homeless[0]}")
+    built = {
+        name: build_tower(cast(Kind, name), options, dim, captions, given.get(name)) for name, options in towers.items()
+    }
     return JointEncoder(EncoderSpec(dim, {name: tower.spec for name, tower in built.items()}, loss), built)

@@ -41,7 +41,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def like(full: torch.Tensor, layout: torch.Tensor) -> torch.Tensor:
     """A whole tensor, the same on every rank, spread as `layout` is."""
     full = full.to(layout.device)
-    return distribute_tensor(full, layout.device_mesh, layout.placements) if isinstance(layout, DTensor) else full
+    if not isinstance(layout, DTensor):
+        return full
+    # no source rank: everybody has it all, and a broadcast would need the same order of calls on every rank
+    return distribute_tensor(full, layout.device_mesh, layout.placements, src_data_rank=None)
 
 
 def norms(gradients: Sequence[Sequence[torch.Tensor]]) -> list[float]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from conjoin.encoders import audio_input, backbones, efficientnet, preparation, pretrained, tokenizer
+from conjoin.encoders import audio_input, backbones, efficientnet, own, preparation, pretrained, tokenizer
 from conjoin.encoders.options import TowerOptions as TowerOptions
 from conjoin.encoders.spec import AudioTransform, ImageTransform, Json, Kind, TextTransform, TowerSpec
 from conjoin.encoders.transforms import log_mel
@@ -47,6 +47,10 @@ class Tower(nn.Module):
 
     def length(self, value: str | np.ndarray) -> int:
         """What a value costs: tokens, pixels or samples; batches of equal lengths waste nothing."""
+        raise NotImplementedError
+
+    def sample(self, *, longest: bool) -> str | np.ndarray:
+        """A value as long as the transform lets through, or one that costs little: to measure memory or shapes with."""
         raise NotImplementedError
 
     def project(self, features_BW: torch.Tensor) -> torch.Tensor:
@@ -83,6 +87,9 @@ class TextTower(Tower):
         assert self.tokenizer is not None
         return len(tokenizer.encode(self.tokenizer, [str(value)])[0][0])
 
+    def sample(self, *, longest: bool) -> str:
+        return "a " * cast(TextTransform, self.spec.transform).max_tokens if longest else "a"
+
 
 class ImageTower(Tower):
     """Fitted pixels, (size, size, 3) uint8, to (B, D)."""
@@ -103,6 +110,10 @@ class ImageTower(Tower):
 
     def length(self, value: str | np.ndarray) -> int:  # noqa: ARG002
         return cast(ImageTransform, self.spec.transform).size_px ** 2
+
+    def sample(self, *, longest: bool) -> np.ndarray:  # noqa: ARG002  # pictures cost the same
+        size = cast(ImageTransform, self.spec.transform).size_px
+        return np.zeros((size, size, 3), np.uint8)
 
 
 class AudioTower(Tower):
@@ -140,18 +151,27 @@ class AudioTower(Tower):
     def length(self, value: str | np.ndarray) -> int:
         return len(value)
 
+    def sample(self, *, longest: bool) -> np.ndarray:
+        transform = cast(AudioTransform, self.spec.transform)
+        seconds = transform.max_s if longest else min(transform.max_s, 1.0)
+        return np.zeros(round(seconds * transform.sample_rate_hz), np.float32)
+
 
 _TOWERS: Mapping[str, type[Tower]] = {"text": TextTower, "image": ImageTower, "audio": AudioTower}
 
 
-def build_tower(kind: Kind, options: TowerOptions, dim: int, captions: Sequence[str] = ()) -> Tower:
-    """A new tower: pretrained or random backbone, random head; `captions` train the built-in tokenizer.
+def build_tower(
+    kind: Kind, options: TowerOptions, dim: int, captions: Sequence[str] = (), backbone: nn.Module | None = None
+) -> Tower:
+    """A new tower: pretrained, random or the caller's own backbone, random head; `captions` train a new tokenizer.
 
     The same options and captions give the same weights. Raises ValueError naming the model and what to do.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        if options.model == "builtin":
+        if backbone is not None:
+            spec, text = _own(kind, options, captions, backbone)
+        elif options.model == "builtin":
             spec, text = _BUILTIN[kind](options, captions)
             backbone = _backbone(spec)
         elif options.model == "efficientnet-lite0":
@@ -177,6 +197,8 @@ def rebuild_tower(spec: TowerSpec, dim: int, tokenizer_json: str | None) -> Towe
 def _backbone(spec: TowerSpec) -> nn.Module:
     if spec.backbone == "transformers":
         return _wrapped(pretrained.rebuild(spec.config), spec)
+    if spec.backbone == "own":
+        return own.rebuild(spec.config)
     if spec.backbone not in _BACKBONES:
         raise ValueError(f"unknown backbone {spec.backbone!r}; a newer conjoin made this encoder: upgrade")
     return _BACKBONES[spec.backbone](**spec.config)
@@ -224,6 +246,21 @@ _BUILTIN: Mapping[str, Callable[[TowerOptions, Sequence[str]], _Made]] = {
     "image": _builtin_image,
     "audio": _builtin_audio,
 }
+
+
+def _own(kind: Kind, options: TowerOptions, captions: Sequence[str], backbone: nn.Module) -> _Made:
+    """Transform and tokenizer of the built-in tower; the width is seen in one forward pass."""
+    if options.model != "builtin":
+        raise ValueError(f"the {kind} tower is {type(backbone).__name__} and {options.model}; leave one of them out")
+    like, text = _BUILTIN[kind](options, captions)
+    pooling = like.pooling if like.pooling != "none" else "mean"
+    spec = replace(like, backbone="own", config=own.describe(backbone), width=0, head="none", pooling=pooling)
+    tower = _TOWERS[kind](spec, 0, backbone, text)
+    with torch.inference_mode():
+        pooled = tower.features(tower.collate([tower.sample(longest=False)]))
+    if pooled.ndim != 2:
+        raise ValueError(f"{spec.config['class']} returns {tuple(pooled.shape)}; (B, W) or (B, L, W) is wanted")
+    return replace(spec, width=pooled.shape[1]), text
 
 
 def _efficientnet_spec(kind: Kind, options: TowerOptions) -> TowerSpec:

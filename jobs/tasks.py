@@ -5,7 +5,7 @@ Assumes: everything that is decided is in the run file; this only hands its sect
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
@@ -15,21 +15,38 @@ from conjoin.pipeline.progress import ShowProgress, silent
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from torch import nn
 
+    from conjoin.encoders.objective import PairLoss
     from conjoin.jobs.config import RunFile
     from conjoin.pipeline.evaluate import Evaluation
+    from conjoin.pipeline.fit import Callback
     from conjoin.pipeline.train import TrainReport
 
 
-def train(config: RunFile, *, progress: ShowProgress = silent) -> TrainReport:
-    """Train the run file's recipe; a finished run is returned as it is, an unfinished one goes on."""
+def train(
+    config: RunFile,
+    *,
+    towers: Mapping[str, nn.Module] | None = None,
+    loss: PairLoss | None = None,
+    callbacks: Sequence[Callback] = (),
+    progress: ShowProgress = silent,
+) -> TrainReport:
+    """Train the run file's recipe; a finished run is returned as it is, an unfinished one goes on.
+
+    towers: backbones of your own by modality, instead of the recipe's models: importable torch modules, called as the
+    built-in ones are (encoders/backbones.py). loss: of all rows of a pair of modalities, (a_ND, b_ND, scale, group_N)
+    to its mean; instead of the recipe's. callbacks: called after each step with its number, rows and figures.
+    """
     from conjoin.pipeline import train as stage
     from conjoin.pipeline import workers
+    from conjoin.pipeline.custom import Custom
 
     with stoppable():
         if config.cluster.address:
             workers.start(config.cluster.address)
-        return stage.train(config.name, config.source, config.train, progress=progress)
+        custom = Custom(dict(towers or {}), loss, tuple(callbacks))
+        return stage.train(config.name, config.source, config.train, custom=custom, progress=progress)
 
 
 def evaluate(

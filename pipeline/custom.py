@@ -32,8 +32,9 @@ class Custom:
     callbacks: Sequence[Callback] = ()
 
     def digests(self) -> dict[str, str]:
-        """Of the source of the loss; towers are in the encoder's own fingerprint. Callbacks change no weights."""
-        return {} if self.loss is None else {"loss": _digest_of(self.loss)}
+        """Of everything that decides the weights: the source of loss and towers, and the towers' first weights."""
+        found = {f"tower {name}": _digest_of(type(tower)) + _weights(tower) for name, tower in self.towers.items()}
+        return found if self.loss is None else {**found, "loss": _digest_of(self.loss)}
 
 
 def _digest_of(function: object) -> str:
@@ -43,3 +44,10 @@ def _digest_of(function: object) -> str:
         what = f"the source of {function!r} cannot be read, so nothing would tell its changes apart"
         raise ConfigError(what, next="Define it in a file") from error
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _weights(tower: nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tower.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

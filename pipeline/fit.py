@@ -131,7 +131,7 @@ class Loop:
         self.encoder.clamp_scales_()
         figures = {"step": step + 1, "total": self.total, "loss": float(loss)}
         figures |= {"chance_loss": self.objective.chance(self._rows_of(step)), "lr": self.recipe.lr * rate}
-        figures |= {f"{pair}_scale": float(value.exp()) for pair, value in self.encoder.log_scales.items()}
+        figures |= {f"{pair}_scale": float(value.detach().exp()) for pair, value in self.encoder.log_scales.items()}
         figures |= {f"{name}_grad_norm": value for name, value in norms.items() if name}
         return {**figures, **{f"{name}_alike": value for name, value in alike.items()}}
 

@@ -17,7 +17,6 @@ import torch
 
 from conjoin.encoders import ranks
 from conjoin.encoders.cached import Part
-from conjoin.encoders.footprint import smallest_value
 from conjoin.encoders.objective import Encoded
 from conjoin.encoders.transforms import drop_features
 from conjoin.pipeline.order import Positions
@@ -127,7 +126,8 @@ class Forward:
         if not values:
             width = self.encoder.spec.towers[name].width
             return self.encoder.project(name, torch.zeros(0, width, device=self.place.device))
-        pieces = _by_length(values)
+        # where parameters are spread, each call needs all ranks: one call a pass
+        pieces = [np.arange(len(values))] if self.place.sharded else _by_length(values)
         with (
             torch.autocast(self.place.device.type, torch.bfloat16) if self.place.precision == "bf16" else nullcontext()
         ):
@@ -135,9 +135,10 @@ class Forward:
         return self._project(name, pooled, owners, drawn_by)
 
     def _pooled(self, name: str, values: Values) -> torch.Tensor:
-        """(B, W) float32 of a tower whose backbone is trained."""
+        """(B, W), in float32 at least, of a tower whose backbone is trained."""
         inputs = {key: value.to(self.place.device) for key, value in self.encoder.collate(name, values).items()}
-        return self.encoder.features(name, inputs).float()
+        pooled = self.encoder.features(name, inputs)
+        return pooled.to(torch.promote_types(pooled.dtype, torch.float32))
 
     def _project(
         self, name: str, features_BW: torch.Tensor, owners: Positions, drawn_by: tuple[int, int] | None
@@ -158,7 +159,7 @@ class Forward:
             return parts
 
         def nothing() -> torch.Tensor:
-            blank = smallest_value(self.encoder.tower(name))
+            blank = self.encoder.tower(name).sample(longest=False)
             return self._forward(name, [blank], np.zeros(1, np.int64), None)[:0]
 
         empty = not len(parts.order)  # its only pass does not reach the backbone

@@ -98,7 +98,7 @@ def train(
     rows = select(source, files, recipe.where, progress)
     initial = storage.join(folder, "initial")
     if not storage.exists(storage.join(initial, "spec.json")):
-        _build(source, recipe, rows["train"], initial)
+        _build(source, recipe, rows["train"], initial, custom)
     workers.start()
     try:
         features = _features(source, recipe, rows, initial, progress)
@@ -139,7 +139,7 @@ def _description(source: SourceConfig, recipe: TrainConfig, files: Sequence[Sour
     }
 
 
-def _build(source: SourceConfig, recipe: TrainConfig, rows: Selection, folder: str) -> None:
+def _build(source: SourceConfig, recipe: TrainConfig, rows: Selection, folder: str, custom: Custom) -> None:
     """The untrained encoder, saved, so that every worker starts from the same weights."""
     from conjoin.encoders.joint import build
     from conjoin.encoders.options import TowerOptions
@@ -152,7 +152,8 @@ def _build(source: SourceConfig, recipe: TrainConfig, rows: Selection, folder: s
     }
     needs_captions = "text" in towers and towers["text"].model == "builtin"
     try:
-        encoder = build(options, recipe.dim, _captions(source, rows) if needs_captions else (), recipe.loss)
+        captions = _captions(source, rows) if needs_captions else ()
+        encoder = build(options, recipe.dim, captions, recipe.loss, custom.towers)
     except (ValueError, OSError) as error:
         raise EncoderError(f"the towers cannot be built: {error}", next="Check train.towers") from error
     save_encoder(encoder, folder, {})
