@@ -13,6 +13,7 @@ from typing import Literal
 class TowerOptions:
     """model: builtin, efficientnet-lite0, `package:NAME`, a local directory or a hub name.
 
+    max_tokens: `own` is as many as a pretrained model reads; None is 64, or fewer where it reads fewer.
     width: of the built-in backbones: 256 (text), 32 (picture, widening to 8 times that) and 192 (audio) by default.
     """
 
@@ -21,7 +22,7 @@ class TowerOptions:
     head: Literal["linear", "mlp", "none"] = "linear"
     items: Literal["first", "mean"] = "first"
     size_px: int | None = None
-    max_tokens: int | None = None
+    max_tokens: int | Literal["own"] | None = None
     max_s: float | None = None
     width: int | None = None
     seed: int = 0

@@ -21,6 +21,7 @@ from conjoin.encoders.spec import AudioTransform, ImageTransform, Json, Kind, Te
 
 _FIXED_LENGTH = ("siglip_text_model", "siglip2_text_model")
 _DEFAULT_PX = 224
+_MOST_TOKENS = 8192
 # field of a feature extractor, seconds per unit: Whisper, CLAP, AST (10 ms frames)
 _LIMITS = (("chunk_length", 1.0), ("max_length_s", 1.0), ("max_length", 0.01))
 _HALF = (0.5, 0.5, 0.5)
@@ -30,6 +31,9 @@ _POOLING: Mapping[str, Pooling] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_lasttoken": "last",
     "pooling_mode_mean_tokens": "mean",
+    "cls": "cls",
+    "lasttoken": "last",
+    "mean": "mean",
 }
 
 
@@ -64,9 +68,8 @@ def _text(found: Pretrained, options: TowerOptions) -> Prepared:
     if not isinstance(text, Tokenizer):
         raise ValueError(f"{found.name}: no tokenizer.json; conjoin reads tokenizers of the tokenizers library")
     text = Tokenizer.from_str(text.to_str())
-    positions = getattr(found.model.config, "max_position_embeddings", None)
-    limit = min(theirs.model_max_length, positions or theirs.model_max_length)
-    max_tokens = options.max_tokens or min(TextTransform().max_tokens, limit)
+    limit = _text_limit(theirs.model_max_length, found)
+    max_tokens = limit if options.max_tokens == "own" else options.max_tokens or min(TextTransform().max_tokens, limit)
     if max_tokens > limit:
         raise ValueError(f"{found.name}: max_tokens {max_tokens} is more than the {limit} that the model reads")
     pad = theirs.pad_token_id if theirs.pad_token_id is not None else theirs.eos_token_id or 0
@@ -80,14 +83,30 @@ def _text(found: Pretrained, options: TowerOptions) -> Prepared:
     return Prepared(TextTransform(max_tokens), config, "a", tokenizer.limited(text, max_tokens))
 
 
+def _text_limit(tokenizer_limit: int, found: Pretrained) -> int:
+    """Tokens that the model reads; models of relative positions that set no limit read _MOST_TOKENS."""
+    positions = getattr(found.model.config, "max_position_embeddings", None) or _MOST_TOKENS
+    for name, module in found.model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions -= module.padding_idx + 1  # RoBERTa and its kin count positions from there on
+    return min(tokenizer_limit, positions)
+
+
+def stored_pooling(modes: Mapping[str, Any]) -> Pooling | None:
+    """What a pooling module's config.json of sentence-transformers, old or new, says; None for what we do not have."""
+    named = modes.get("pooling_mode")
+    chosen = [named] if isinstance(named, str) else list(named or [])
+    chosen += [name for name, on in modes.items() if name.startswith("pooling_mode_") and on]
+    return _POOLING.get(chosen[0]) if len(chosen) == 1 else None
+
+
 def _text_pooling(found: Pretrained) -> Pooling:
     """A joint checkpoint's own output, what sentence-transformers wrote beside it, else last (decoders) or mean."""
     if found.is_part:
         return "none"
     beside = Path(found.place) / "1_Pooling" / "config.json"
     if beside.is_file():
-        modes = json.loads(beside.read_text(encoding="utf-8"))
-        return next((pooling for mode, pooling in _POOLING.items() if modes.get(mode)), "mean")
+        return stored_pooling(json.loads(beside.read_text(encoding="utf-8"))) or "mean"
     names = found.model.config.architectures or [""]
     return "last" if names[0].endswith("ForCausalLM") else "mean"
 

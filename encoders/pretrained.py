@@ -110,7 +110,7 @@ def load(name: str, kind: Kind) -> Pretrained:
     place = locate(name)
     config = from_place("AutoConfig", place, name)
     cls = _class_for(config, kind, name)
-    with _quiet():
+    with quiet():
         model, info = from_place(cls, place, name, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     # a pooler that the checkpoint lacks would be random; the hidden states below it are what was trained
@@ -191,7 +191,7 @@ def _class_for(config: Any, kind: Kind, name: str) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar and no report about the other towers' weights on the user's terminal."""
     from transformers.utils import logging
 

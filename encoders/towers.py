@@ -75,7 +75,7 @@ class TextTower(Tower):
     def collate(self, values: Sequence[str | np.ndarray]) -> Inputs:
         """Texts to ids and mask, both (B, L) int64."""
         assert self.tokenizer is not None
-        ids, mask = tokenizer.encode(self.tokenizer, cast(Sequence[str], values))
+        ids, mask = tokenizer.encode(self.tokenizer, [f"{self._prompt}{value}" for value in values])
         return {"input_ids": ids, "attention_mask": mask if self.spec.config.get("masked", True) else mask.fill_(1)}
 
     def features(self, inputs: Inputs) -> torch.Tensor:
@@ -85,7 +85,12 @@ class TextTower(Tower):
 
     def length(self, value: str | np.ndarray) -> int:
         assert self.tokenizer is not None
-        return len(tokenizer.encode(self.tokenizer, [str(value)])[0][0])
+        return len(tokenizer.encode(self.tokenizer, [f"{self._prompt}{value}"])[0][0])
+
+    @property
+    def _prompt(self) -> str:
+        """What an imported model was trained to read before every text; usually nothing."""
+        return str(self.spec.config.get("prompt", ""))
 
     def sample(self, *, longest: bool) -> str:
         return "a " * cast(TextTransform, self.spec.transform).max_tokens if longest else "a"
@@ -216,7 +221,8 @@ _Made = tuple[TowerSpec, "Tokenizer | None"]
 def _builtin_text(options: TowerOptions, captions: Sequence[str]) -> _Made:
     if not captions:
         raise ValueError("the built-in text tower needs captions to train its tokenizer on")
-    width, max_tokens = options.width or 256, options.max_tokens or TextTransform().max_tokens
+    width = options.width or 256
+    max_tokens = options.max_tokens if isinstance(options.max_tokens, int) else TextTransform().max_tokens
     text = tokenizer.limited(tokenizer.train(captions), max_tokens)
     config: dict[str, Json] = {
         "vocabulary": text.get_vocab_size(),
