@@ -76,7 +76,7 @@ def _sentence_model(tower: Tower, modality: str) -> Any:
             f"the text tower is half of a {model.config.model_type} checkpoint; export it with its other half: "
             "--as transformers"
         )
-    wanted = MODEL_MAPPING.get(type(model.config))
+    wanted = MODEL_MAPPING.get(type(model.config), None)
     if type(model) not in (wanted if isinstance(wanted, tuple) else (wanted,)):
         raise ValueError(f"the text tower is a {type(model).__name__}, which AutoModel does not load by its config")
     return model

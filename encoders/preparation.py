@@ -63,7 +63,7 @@ def poolings(found: Pretrained, kind: Kind) -> tuple[Pooling, ...]:
 
 
 def _text(found: Pretrained, options: TowerOptions) -> Prepared:
-    theirs = pretrained.from_place("AutoTokenizer", found.place, found.name)
+    theirs = _library_tokenizer(found)
     text = getattr(theirs, "backend_tokenizer", None)
     if not isinstance(text, Tokenizer):
         raise ValueError(f"{found.name}: no tokenizer.json; conjoin reads tokenizers of the tokenizers library")
@@ -81,6 +81,22 @@ def _text(found: Pretrained, options: TowerOptions) -> Prepared:
     )
     config: dict[str, Json] = {"options": {}, "masked": not fixed}
     return Prepared(TextTransform(max_tokens), config, "a", tokenizer.limited(text, max_tokens))
+
+
+def _library_tokenizer(found: Pretrained) -> Any:
+    """AutoTokenizer's; SigLIP's class needs another library, its tokenizer.json says the same without it."""
+    try:
+        theirs = pretrained.from_place("AutoTokenizer", found.place, found.name)
+        if hasattr(theirs, "backend_tokenizer"):
+            return theirs
+    except ValueError as error:
+        refused = error
+    else:
+        refused = ValueError(f"{found.name}: no tokenizer.json; conjoin reads tokenizers of the tokenizers library")
+    try:
+        return pretrained.from_place("PreTrainedTokenizerFast", found.place, found.name)
+    except ValueError:
+        raise refused from None
 
 
 def _text_limit(tokenizer_limit: int, found: Pretrained) -> int:

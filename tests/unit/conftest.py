@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,4 +22,61 @@ def small_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     folder = tmp_path_factory.mktemp("small") / "encoder"
     save(build(towers, 8, ["red apple", "green apple", "a cat on a mat", "blue car"]), folder, {})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `clip`, `siglip`, `clap` and `bert` as transformers saves them: tiny, random, over a few words."""
+    import torch
+    import transformers as library
+
+    from conjoin.encoders import tokenizer
+
+    library.utils.logging.disable_progress_bar()
+    library.utils.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    words = library.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.train(["red apple", "green pear", "a blue violin"]),
+        model_max_length=20,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    special = {"vocab_size": len(words), "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
+    text = {"max_position_embeddings": 20, "projection_dim": 12, **special, **small}
+    vision = {"image_size": 32, "patch_size": 8, "projection_dim": 12, **small}
+    audio = {"patch_embeds_hidden_size": 8, "hidden_size": 16, "depths": [1, 1], "num_attention_heads": [1, 2]}
+    models = {
+        "clip": library.CLIPModel(library.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)),
+        "siglip": library.SiglipModel(
+            library.SiglipConfig(text_config={**text, "projection_size": 16}, vision_config=vision)
+        ),
+        "clap": library.ClapModel(
+            library.ClapConfig(
+                text_config={**text, "max_position_embeddings": 24},
+                audio_config={"window_size": 8, "projection_dim": 12, **audio},
+                projection_dim=12,
+            )
+        ),
+        "bert": library.BertModel(library.BertConfig(**{**special, **small, "max_position_embeddings": 24})),
+    }
+    scalars = {"logit_scale": 3.5, "logit_scale_a": 3.25, "logit_scale_t": 2.5, "logit_bias": -12.5}
+    crop = {"size": {"shortest_edge": 36}, "crop_size": 32, "do_center_crop": True, "resample": 3}
+    squash = {"size": {"height": 32, "width": 32}, "do_center_crop": False, "resample": 2}
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name, model in models.items():
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+            for scalar, value in scalars.items():
+                if hasattr(model, scalar):
+                    getattr(model, scalar).fill_(value)
+        model.eval().save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
+    for name, prepared in {"clip": crop, "siglip": squash}.items():
+        stored = {"image_mean": [0.48, 0.45, 0.4], "image_std": [0.26, 0.25, 0.27], **prepared}
+        (folder / name / "preprocessor_config.json").write_text(json.dumps(stored))
+    library.ClapFeatureExtractor(truncation="rand_trunc").save_pretrained(folder / "clap")
     return folder
