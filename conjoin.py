@@ -17,6 +17,8 @@ __path__ = [str(_here / "conjoin" if (_here / "conjoin").is_dir() else _here)]
 _NAMES = {
     "open": ("conjoin.pipeline.query", "open_table"),
     "load": ("conjoin.pipeline.embedder", "load"),
+    "import_encoder": ("conjoin.pipeline.exchange", "import_encoder"),
+    "export_encoder": ("conjoin.pipeline.exchange", "export_encoder"),
     "config": ("conjoin.jobs.config", "load"),
     "train": ("conjoin.jobs.tasks", "train"),
     "evaluate": ("conjoin.jobs.tasks", "evaluate"),

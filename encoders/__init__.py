@@ -20,6 +20,7 @@ _NAMES = {
     "JointEncoder": "joint",
     "build": "joint",
     "fingerprint": "checkpoint",
+    "import_encoder": "imported",
     "load": "checkpoint",
     "read_spec": "checkpoint",
     "save": "checkpoint",

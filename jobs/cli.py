@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -36,6 +36,7 @@ Date = Annotated[str | None, typer.Option("--date", help="the logical date, ${DA
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
 Csv = Annotated[bool, typer.Option("--csv", help="comma-separated values on stdout")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="write a .parquet, .csv or .json file")]
+Form = Literal["sentence-transformers", "transformers"]
 DEFAULT = Path("conjoin.yaml")
 
 
@@ -124,6 +125,30 @@ def check(file: File = DEFAULT, set_: Set = [], date: Date = None, as_json: Json
     print(json.dumps(found, indent=1) if as_json else facts(found))
 
 
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="a directory (local or s3://), package:NAME or a hub name")],
+    directory: Annotated[str, typer.Argument(help="the encoder's folder to write; must not hold anything yet")],
+    as_json: Json = False,
+) -> None:
+    """Make an encoder of another library's checkpoint that gives the same vectors: CLIP, SigLIP, CLAP, MiniLM ...
+
+    Reads transformers' CLIP, SigLIP, fixed-resolution SigLIP2 and CLAP, open_clip's ViTs (open_clip_config.json) and
+    text models of sentence-transformers (modules.json). Name the folder as `encoder:` in a run file afterwards.
+    """
+    from conjoin.pipeline.embedder import read_spec
+    from conjoin.pipeline.exchange import import_encoder
+
+    fingerprint = import_encoder(source, directory)
+    spec = read_spec(directory)[0]
+    found = {"encoder": directory, "fingerprint": fingerprint, "dim": spec.dim, "modalities": sorted(spec.towers)}
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    print(f"{' and '.join(sorted(spec.towers))} into {spec.dim} dimensions, {fingerprint}", file=sys.stderr)
+    print(directory)
+
+
 @app.command()
 def train(file: File = DEFAULT, set_: Set = [], date: Date = None, as_json: Json = False) -> None:  # noqa: B006
     """Train a joint encoder from the run file's recipe; the same command resumes after a crash."""
@@ -160,6 +185,33 @@ def evaluate(
         config = _read(file, set_, date)
         found = task(config, split, where, classify=classify, templates=template, progress=screen.show)
     print(json.dumps(found.to_json(), indent=1) if as_json else evaluation(found))
+
+
+@app.command()
+def export(
+    encoder: Annotated[str, typer.Argument(help="the encoder's folder, local or s3://")],
+    to: Annotated[str, typer.Option("--to", help="the folder to write, local or s3://; must not hold anything yet")],
+    form: Annotated[
+        Form | None,
+        typer.Option(
+            "--as", help="the library to write for; default: transformers, sentence-transformers for text alone"
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write an encoder for another library, with a model card; it is loaded again and compared before it counts.
+
+    As sentence-transformers goes the text tower with its head, as transformers a pair that is a CLIP, SigLIP or CLAP
+    model; linear heads are folded in. What cannot be written exactly is refused with the reason.
+    """
+    from conjoin.pipeline.exchange import export_encoder
+
+    loads_as = export_encoder(encoder, to, form)
+    if as_json:
+        print(json.dumps({"directory": to, "loads_as": loads_as}, indent=1))
+        return
+    print(f"load it with {loads_as}; README.md says how", file=sys.stderr)
+    print(to)
 
 
 @app.command()
