@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from conjoin.encoders import pretrained, sentence_transformers
 from conjoin.encoders.halves import PAIRS, Pair
-from conjoin.encoders.joint import JointEncoder
+from conjoin.encoders.joint import JointEncoder, pair_name
 from conjoin.encoders.sentence_transformers import GELU, IDENTITY, MODULES
 from conjoin.encoders.spec import AudioTransform, ImageTransform, Json, TextTransform
 from conjoin.encoders.towers import TextTower, Tower
@@ -219,9 +219,9 @@ def _whole(
         configs["text_config"]["projection_size"] = encoder.spec.dim
     config = cls.config_class(**configs, projection_dim=encoder.spec.dim)
     a, b = pair.halves
-    scale = encoder.scale(a, b).detach().log().cpu()
+    log_scale = dict(encoder.log_scales.items()).get(pair_name(a, b), torch.zeros(()))
     for name in pair.scales:
-        weights[name] = scale.clone()
+        weights[name] = log_scale.detach().cpu().clone()
     with no_init_weights():
         whole = cls(config).eval()
     if "logit_bias" in whole.state_dict():
