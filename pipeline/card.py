@@ -78,11 +78,11 @@ def _front_matter(facts: Facts) -> str:
     text_only = facts.loads_as == "SentenceTransformer"
     fields: dict[str, str | list[str]] = {
         "library_name": "sentence-transformers" if text_only else "transformers",
-        "tags": ["conjoin", "embeddings", *sorted(facts.spec.towers)],
+        "tags": ["conjoin", "embeddings", *_shown(facts)],
     }
     if text_only or "image" in facts.spec.towers:
         fields["pipeline_tag"] = "sentence-similarity" if text_only else "zero-shot-image-classification"
-    models = {_model(facts, name) for name in facts.spec.towers} | {facts.origin}
+    models = {_model(facts, name) for name in _shown(facts)} | {facts.origin}
     if bases := sorted(model for model in models if _HUB_NAME.fullmatch(model)):
         fields["base_model"] = bases
     # JSON strings and lists are YAML
@@ -94,6 +94,8 @@ def _about(facts: Facts) -> str:
     modalities = " and ".join(sorted(spec.towers))
     made = f"imported from `{facts.origin}`" if facts.origin else f"trained with the {spec.loss} loss"
     lines = [f"A joint encoder of {modalities} into {spec.dim} dimensions, {made}, written by conjoin."]
+    if len(_shown(facts)) < len(spec.towers):
+        lines.append(f"This folder holds its {' and '.join(_shown(facts))} tower; vectors of the others fit to it.")
     lines.append(f"Fingerprint of the encoder that gives the same vectors: `{facts.fingerprint}`.")
     return " ".join(lines)
 
@@ -117,8 +119,16 @@ def _after_loading(facts: Facts) -> str:
 def _towers(facts: Facts) -> list[tuple[str, ...]]:
     return [
         (name, _model(facts, name) or facts.origin or _class(tower), _takes(tower), tower.head)
-        for name, tower in sorted(facts.spec.towers.items())
+        for name, tower in ((name, facts.spec.towers[name]) for name in _shown(facts))
     ]
+
+
+def _shown(facts: Facts) -> list[str]:
+    """Modalities whose towers the folder holds."""
+    names = sorted(facts.spec.towers)
+    return (
+        names if facts.loads_as != "SentenceTransformer" else [n for n in names if facts.spec.towers[n].kind == "text"]
+    )
 
 
 def _class(tower: TowerSpec) -> str:
