@@ -415,7 +415,7 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
 def test_a_compiled_tower_computes_and_is_named_the_same(again: bool, place: str) -> None:
     plain, compiled = adapted(place), adapted(place)
     if again:
@@ -428,5 +428,5 @@ def test_a_compiled_tower_computes_and_is_named_the_same(again: bool, place: str
             tower.project(tower.features(tower.collate(values))).sin().sum().backward()
         for (name, parameter), other in zip(plain.named_parameters(), compiled.parameters(), strict=True):
             if parameter.grad is not None:
-                torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+                assert (other.grad - parameter.grad).norm() < 1e-4 * parameter.grad.norm(), name
     assert np.isfinite(features(compiled).detach().numpy()).all()
