@@ -29,6 +29,7 @@ _ADAPTER = "default"
 _INPUT = re.compile(r"embed|batch_norm|relative_")
 # Blocks of one kind differ less than this in parameters; stages, which widen, differ more and are made of blocks.
 _WIDENING = 2
+_RANDOM = ("transformer", "cnn", "audio-cnn")
 _INSTALL = 'pip install "conjoin[lora]"'
 
 
@@ -83,6 +84,16 @@ def _freeze_below(tower: Tower, number: int) -> None:
     found = depths(tower.backbone)
     for name, parameter in tower.backbone.named_parameters():
         parameter.requires_grad_(found[name] > num_blocks - number)
+    for module in tower.backbone.modules():
+        if isinstance(module, nn.GroupNorm) and module.affine and module.weight.requires_grad:
+            module.register_forward_pre_hook(_laid_out)
+
+
+def _laid_out(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """torch 2.13 on a CPU: a norm that learns from channels-last input that needs no gradient writes to address 0."""
+    if torch.is_grad_enabled() and not inputs[0].requires_grad:
+        return (inputs[0].contiguous(), *inputs[1:])
+    return inputs
 
 
 def _adapt(tower: Tower, tuning: Tuning) -> None:
@@ -91,6 +102,8 @@ def _adapt(tower: Tower, tuning: Tuning) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError(f"tune: lora needs peft; run `{_INSTALL}`") from error
+    if tower.spec.backbone in _RANDOM:
+        raise ValueError("tune: lora adapts a trained model, and builtin starts from random weights; use tune: all")
     names = _linear_layers(tower.backbone)
     if not names:
         raise ValueError("tune: lora adapts linear layers, and this backbone's blocks have none; use last:N")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from conjoin.encoders import tuning
+from conjoin.encoders import sharded, tuning
 
 if TYPE_CHECKING:
     from conjoin.encoders.joint import JointEncoder
@@ -70,7 +70,7 @@ def rate(step: int, total: int, recipe: TrainConfig) -> float:
 
 
 class Ema:
-    """An exponential moving average of parameters by name, on their device."""
+    """An exponential moving average of parameters by name, on their device and spread over ranks as they are."""
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decay: float) -> None:
         self._parameters, self._decay = dict(parameters), decay
@@ -79,31 +79,38 @@ class Ema:
     def update_(self, step: int) -> None:
         """Take in the parameters after so many steps; early on the average follows them closely."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        current = [parameter.detach() for parameter in self._parameters.values()]
+        averages = [sharded.local(average) for average in self._averages.values()]
+        current = [sharded.local(parameter.detach()) for parameter in self._parameters.values()]
         take_in = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch has no types here
-        take_in(list(self._averages.values()), current, step)
+        take_in(averages, current, step)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The parameters are the averages in here; no copy is made, and the optimizer must not step."""
+        """The parameters are the averages in here, exactly themselves afterwards; the optimizer must not step."""
         self._swap()
         try:
             yield
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
+        # in place, one at a time: FSDP2 and compiled code keep the storage that they saw first
         for name, parameter in self._parameters.items():
-            parameter.data, self._averages[name] = self._averages[name], parameter.data
+            average = self._averages[name]
+            before = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(before)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The averages by name, for a checkpoint; not while swapped."""
         return dict(self._averages)
 
+    @torch.no_grad()
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Go on from a checkpoint's averages. Raises KeyError for a name that it lacks."""
+        """Go on from a checkpoint's averages, whole tensors. Raises KeyError for a name that it lacks."""
         for name, average in self._averages.items():
-            average.copy_(tensors[name])
+            average.copy_(sharded.like(tensors[name], average))
 
 
 def scores(log: Iterable[Mapping[str, float]]) -> list[float]:

@@ -29,7 +29,9 @@ class TowerConfig(Section):
         "builtin", description="builtin | efficientnet-lite0 | package:NAME | a local directory | a hub name"
     )
     tune: str = Field("all", pattern=_TUNE, description="all | head (frozen backbone) | last:N (blocks) | lora")
-    layer_decay: float = Field(1.0, gt=0, le=1, description="rate of a block, as a share of the next one's; 1: the same")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="rate of a block, as a share of the next one's; 1: the same"
+    )
     lora_rank: int = Field(8, ge=1, le=1024, description="of the adapters that tune: lora trains")
     lora_alpha: float = Field(16.0, gt=0, description="adapters add alpha / rank times their product")
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"

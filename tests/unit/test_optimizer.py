@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
+import transformers as library
+from safetensors.torch import load_file
 from torch import nn
 
-from conjoin.encoders import tuning
+from conjoin.encoders import tokenizer, tuning
 from conjoin.encoders.joint import JointEncoder, build
 from conjoin.encoders.options import TowerOptions, Tuning
 from conjoin.pipeline.optimizer import Ema, parameter_groups, rate, scores, should_stop
@@ -235,3 +240,29 @@ def test_scores_are_the_mean_of_both_ways_where_there_was_a_validation() -> None
 )
 def test_patience(validations: list[float], patience: int | None, stop: bool) -> None:
     assert should_stop(validations, patience) is stop
+
+
+@pytest.mark.slow
+def test_parameters_spread_over_ranks_come_to_the_same(tmp_path: Path) -> None:
+    library.utils.logging.disable_progress_bar()
+    trained = tokenizer.train(["red apple", "green pear", "a blue violin"])
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    words = library.PreTrainedTokenizerFast(tokenizer_object=trained, model_max_length=32, **special)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    for item in (library.BertModel(library.BertConfig(vocab_size=len(words), **sizes)), words):
+        item.save_pretrained(tmp_path / "bert")
+    found = {}
+    for world in (1, 2):
+        out, store = tmp_path / f"{world}.safetensors", tmp_path / f"store{world}"
+        start = [sys.executable, str(Path(__file__).with_name("tuned_ranks.py"))]
+        rest = [str(world), str(store), str(out), str(tmp_path / "bert")]
+        running = [subprocess.Popen([*start, str(rank), *rest]) for rank in range(world)]
+        assert [process.wait(300) for process in running] == [0] * world
+        found[world] = load_file(out)
+    assert set(found[1]) == set(found[2])
+    adapters = [name for name in found[1] if name.startswith("ema.") and "lora_B" in name]
+    assert adapters
+    assert all(found[1][name].abs().max() > 1e-4 for name in adapters)
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[2][name], value, rtol=1e-4, atol=1e-5, msg=name)

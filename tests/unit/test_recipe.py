@@ -34,7 +34,6 @@ def test_what_may_learn(tune: str) -> None:
         ({"tune": "last:0"}, "should match pattern"),
         ({"tune": "last"}, "should match pattern"),
         ({"tune": "none"}, "should match pattern"),
-        ({"tune": "lora"}, "builtin starts from random weights; use tune: all"),
         ({"tune": "head", "layer_decay": 0.9}, "layer_decay does nothing with tune: head"),
         ({"tune": "all", "lora_rank": 4}, "do nothing with tune: all"),
         ({"layer_decay": 0}, "greater than 0"),

@@ -20,7 +20,8 @@ from conjoin.encoders import backbones, checkpoint, tokenizer, tuning
 from conjoin.encoders.efficientnet import EfficientNetLite0
 from conjoin.encoders.joint import JointEncoder, build
 from conjoin.encoders.options import TowerOptions, Tuning
-from conjoin.encoders.towers import Tower, build_tower
+from conjoin.encoders.spec import ImageTransform, TowerSpec
+from conjoin.encoders.towers import Tower, build_tower, rebuild_tower
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 WORDS = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **SMALL}
@@ -227,6 +228,23 @@ def test_last_blocks_and_what_follows_learn(place: str) -> None:
     assert learning(tower) == {"head.weight", "head.bias"}
 
 
+@pytest.mark.parametrize("kind", ["text", "image"])
+@pytest.mark.parametrize("tune", ["last:1", "last:3"])
+def test_gradients_of_what_learns_are_those_of_the_whole(kind: str, tune: str, place: str) -> None:
+    options = {"text": TowerOptions(place), "image": TowerOptions(size_px=16, width=8)}[kind]
+    values = {"text": ["red apple", "a violin"], "image": [np.full((16, 16, 3), value, np.uint8) for value in (9, 80)]}
+    whole, part = build_tower(kind, options, 8), build_tower(kind, options, 8)
+    tuning.freeze(part, Tuning(tune))
+    for tower in (whole, part):
+        tower.project(tower.features(tower.collate(values[kind]))).sin().sum().backward()
+    learned = learning(part)
+    assert learned < learning(whole)
+    for (name, own), other in zip(part.named_parameters(), whole.parameters(), strict=True):
+        assert (own.grad is None) == (name not in learned), name
+        if own.grad is not None:
+            torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_all_learns_everything() -> None:
     tower = build_tower("image", TowerOptions(size_px=16, width=8), 8)
     tuning.freeze(tower, Tuning("all"))
@@ -239,12 +257,18 @@ def test_all_learns_everything() -> None:
         ("last:5", "the backbone has 4 blocks; use last:4 or all"),
         ("last:0", "not 'last:0'"),
         ("heads", "tune is all, head, last:N or lora, not 'heads'"),
-        ("lora", "blocks have none; use last:N"),
+        ("lora", "builtin starts from random weights; use tune: all"),
     ],
 )
 def test_what_cannot_be_tuned_says_what_to_do(tune: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tuning.freeze(build_tower("image", TowerOptions(size_px=16, width=8), 8), Tuning(tune))
+
+
+def test_adapters_need_linear_layers() -> None:
+    spec = TowerSpec("image", "efficientnet-lite0", {}, 1280, ImageTransform(size_px=32), "none")
+    with pytest.raises(ValueError, match="blocks have none; use last:N"):
+        tuning.freeze(rebuild_tower(spec, 8, None), LORA)
 
 
 def test_lora_without_peft_says_how_to_get_it(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
