@@ -132,6 +132,8 @@ class TrainConfig(Section):
             raise ValueError(f"train.matryoshka: prefixes are between 1 and dim, {self.dim}")
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError("train.min_workers is above train.workers")
+        if self.compile and self.parallel == "fsdp":
+            raise ValueError("compile does not go with parallel: fsdp (torch 2.13 fails on it); choose one")
         return self
 
     @model_validator(mode="after")

@@ -51,6 +51,7 @@ def test_a_towers_tuning_that_is_refused(tower: dict[str, object], message: str)
         ({"schedule": "wsd", "warmup": 0.5, "cooldown": 0.6}, "are more than the whole run"),
         ({"cooldown": 0.5}, "cooldown does nothing with schedule: cosine"),
         ({"schedule": "linear"}, "'cosine', 'wsd' or 'constant'"),
+        ({"compile": True, "parallel": "fsdp"}, "compile does not go with parallel: fsdp"),
         ({"ema": 1}, "less than 1"),
         ({"ema": 0}, "greater than 0"),
         ({"patience": 0}, "greater than or equal to 1"),
