@@ -27,7 +27,7 @@ _SPEC, _WEIGHTS, _TOKENIZER = "spec.json", "model.safetensors", ".tokenizer.json
 
 
 def save(encoder: JointEncoder, directory: Path, metadata: Mapping[str, Json] | None = None) -> str:
-    """Write the encoder's folder, replacing an older one whole; returns the fingerprint.
+    """Write the encoder's folder, replacing an older one whole; returns the fingerprint. Adapters are folded in.
 
     metadata: anything about its making; not part of the fingerprint.
     """
@@ -103,15 +103,19 @@ def fingerprint(encoder: JointEncoder) -> str:
 
 def backbone_fingerprint(tower: Tower) -> str:
     """32 hex digits over what decides a tower's features, so all but the head: the key of cached features."""
+    from conjoin.encoders.tuning import plain_state
+
     headless = EncoderSpec(0, {tower.spec.kind: replace(tower.spec, head="none", head_width=0)})
-    parts = {_WEIGHTS: _hash_tensors(tower.backbone.state_dict().items())}
+    parts = {_WEIGHTS: _hash_tensors(plain_state(tower.backbone).items())}
     if tower.tokenizer is not None:
         parts[_TOKENIZER] = _hash_text(tower.tokenizer.to_str())
     return _combine(headless.to_json(), parts)
 
 
 def _tensors(encoder: JointEncoder) -> list[tuple[str, torch.Tensor]]:
-    return [(name, tensor.detach().cpu()) for name, tensor in encoder.state_dict().items()]
+    from conjoin.encoders.tuning import plain_state
+
+    return [(name, tensor.detach().cpu()) for name, tensor in plain_state(encoder).items()]
 
 
 def _tokenizers(encoder: JointEncoder) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a recipe says about one tower before it exists.
+"""What a recipe says about one tower: how it is made, and what of it learns.
 
 Assumes: None and `auto` mean the model's own value; what was chosen in the end is in the tower's spec.
 """
@@ -25,4 +25,18 @@ class TowerOptions:
     max_tokens: int | Literal["own"] | None = None
     max_s: float | None = None
     width: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What of a tower learns beside its head, and how; it leaves no trace in a saved encoder.
+
+    tune: all, head (nothing else), last:N (the last N blocks and what follows them) or lora (adapters in every block).
+    lora_rank, lora_alpha: an adapter adds alpha / rank * B A to a weight, B starting at zero; seed: of A.
+    """
+
+    tune: str = "all"
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
     seed: int = 0

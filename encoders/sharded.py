@@ -38,6 +38,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's share of a tensor, all of it where it is not spread; the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def like(full: torch.Tensor, layout: torch.Tensor) -> torch.Tensor:
     """A whole tensor, the same on every rank, spread as `layout` is."""
     full = full.to(layout.device)
@@ -54,9 +59,9 @@ def norms(gradients: Sequence[Sequence[torch.Tensor]]) -> list[float]:
     for place, group in enumerate(gradients):
         for spread in (False, True):
             own = [gradient for gradient in group if is_spread(gradient) == spread]
-            local = [g.to_local() if isinstance(g, DTensor) else g for g in own]
-            if local:
-                found = torch._foreach_norm(local)
+            shares = [local(gradient) for gradient in own]
+            if shares:
+                found = torch._foreach_norm(shares)
                 squares[int(spread), place] = torch.stack(found).double().square().sum()
     if any(is_spread(gradient) for group in gradients for gradient in group):
         ranks.sum_([squares[1]])

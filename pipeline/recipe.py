@@ -5,17 +5,21 @@ Assumes: editing a recipe never re-embeds anything; what it says decides the wei
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from conjoin.encoders.options import TowerOptions, Tuning
 from conjoin.pipeline.section import Section
 
 # What these say changes nothing about the weights that come out.
 BESIDE_THE_POINT = {
-    *("output", "workers", "min_workers", "parallel", "micro_batch_size"),
+    *("output", "workers", "min_workers", "parallel", "micro_batch_size", "gradient_checkpointing"),
     *("validate_every", "validation_rows", "checkpoint_every_s"),
 }
+_OPTIONS = {field.name for field in fields(TowerOptions)} - {"seed"}
+_TUNE = r"^(all|head|lora|last:[1-9][0-9]*)$"
 
 
 class TowerConfig(Section):
@@ -24,7 +28,12 @@ class TowerConfig(Section):
     model: str = Field(
         "builtin", description="builtin | efficientnet-lite0 | package:NAME | a local directory | a hub name"
     )
-    tune: Literal["all", "head"] = Field("all", description="all | head (frozen backbone)")
+    tune: str = Field("all", pattern=_TUNE, description="all | head (frozen backbone) | last:N (blocks) | lora")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="rate of a block, as a share of the next one's; 1: the same"
+    )
+    lora_rank: int = Field(8, ge=1, le=1024, description="of the adapters that tune: lora trains")
+    lora_alpha: float = Field(16.0, gt=0, description="adapters add alpha / rank times their product")
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
     head: Literal["linear", "mlp", "none"] = Field("linear", description="none: the backbone's own vectors")
     items: Literal["first", "mean"] = Field("first", description="of a list of values: what embedding takes")
@@ -32,6 +41,28 @@ class TowerConfig(Section):
     size_px: int | None = Field(None, ge=16, le=1024, description="image side; default: the model's own")
     max_tokens: int | None = Field(None, ge=4, le=8192, description="text length; default 64")
     max_s: float | None = Field(None, gt=0, le=120, description="audio length in seconds; default 10")
+
+    @property
+    def frozen(self) -> bool:
+        """Nothing of the backbone learns: its features may be computed once."""
+        return self.tune == "head"
+
+    def options(self, seed: int) -> TowerOptions:
+        """How the tower is made."""
+        return TowerOptions(**self.model_dump(include=_OPTIONS), seed=seed)
+
+    def tuning(self, seed: int) -> Tuning:
+        """What of it learns."""
+        return Tuning(self.tune, self.lora_rank, self.lora_alpha, seed)
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> TowerConfig:
+        """Fields that would do nothing are mistakes."""
+        if self.frozen and self.layer_decay != 1:
+            raise ValueError("layer_decay does nothing with tune: head; remove it, or tune: all, last:N or lora")
+        if self.tune != "lora" and (self.lora_rank, self.lora_alpha) != (8, 16.0):
+            raise ValueError(f"lora_rank and lora_alpha do nothing with tune: {self.tune}; remove them, or tune: lora")
+        return self
 
 
 class TrainConfig(Section):
@@ -60,7 +91,15 @@ class TrainConfig(Section):
     lr: float = Field(5e-4, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     clip_grad_norm: float = Field(1.0, gt=0, description="longest gradient of a step, over all ranks and parameters")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="of the rate after warm-up: cosine to zero | wsd (stable, then a cooldown) | constant"
+    )
     warmup: float = Field(0.05, ge=0, le=1, description="share of all steps")
+    cooldown: float = Field(0.2, gt=0, le=1, description="share of all steps, the last ones; of schedule: wsd")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of a moving average of the parameters, validated and kept instead of them"
+    )
+    patience: int | None = Field(None, ge=1, description="stop after so many validations without a better hit@10")
     seed: int = 0
     workers: int = Field(1, ge=1, description="training workers; any number gives the same result")
     min_workers: int | None = Field(None, ge=1, description="go on with fewer when machines are lost; default: workers")
@@ -68,6 +107,8 @@ class TrainConfig(Section):
         "ddp", description="each worker holds all parameters, or its share (FSDP2)"
     )
     precision: Literal["auto", "float32", "bf16"] = "auto"
+    gradient_checkpointing: bool = Field(False, description="run blocks again in the backward pass instead of storing")
+    compile: bool = Field(False, description="compile backbones that learn; steps get faster after slow first ones")
     validate_every: Literal["epoch"] | int = Field("epoch", description="steps between validations")
     validation_rows: int = Field(2048, ge=2, description="at most so many of the validation split")
     checkpoint_every_s: float = Field(30, ge=0, description="at the next validation after so many seconds; 0: at each")
@@ -91,6 +132,16 @@ class TrainConfig(Section):
             raise ValueError(f"train.matryoshka: prefixes are between 1 and dim, {self.dim}")
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError("train.min_workers is above train.workers")
+        if self.compile and self.parallel == "fsdp":
+            raise ValueError("compile does not go with parallel: fsdp (torch 2.13 fails on it); choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> TrainConfig:
+        if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
+            raise ValueError(f"warmup {self.warmup} and cooldown {self.cooldown} are more than the whole run")
+        if self.schedule != "wsd" and self.cooldown != 0.2:
+            raise ValueError(f"cooldown does nothing with schedule: {self.schedule}; remove it, or schedule: wsd")
         return self
 
     def tower(self, modality: str) -> TowerConfig:
