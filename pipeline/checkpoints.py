@@ -29,11 +29,13 @@ _STATE = "state.json"
 
 @dataclass(frozen=True, slots=True)
 class Progressed:
-    """step: global batches done; best_step and best_score: of the best validation so far, -1 before one."""
+    """step: global batches done; best_step and best_score: of the best validation so far, -1 before one; stopped: early, by
+    patience or a callback."""
 
     step: int
     best_step: int = -1
     best_score: float = -1.0
+    stopped: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 
 from conjoin.encoders import cached, ranks, sharded
 from conjoin.encoders.objective import Encoded, Objective
-from conjoin.pipeline import storage
+from conjoin.pipeline import optimizer, storage
 from conjoin.pipeline.checkpoints import Checkpoint, Progressed, Writer, newest
 from conjoin.pipeline.errors import TrainError
 from conjoin.pipeline.forward import Forward, Rows
@@ -57,7 +58,8 @@ class Loop:
         self.forward, self.objective, self.folder, self.callbacks = forward, objective, folder, callbacks
         self.raws = tuple(Raw(n, spec) for n, spec in encoder.spec.towers.items() if n not in data.features)
         self.trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(_groups(self.trained, recipe.weight_decay), lr=recipe.lr)
+        self.optimizer = torch.optim.AdamW(optimizer.parameter_groups(encoder, recipe), lr=recipe.lr)
+        self.ema = optimizer.Ema(self.trained, recipe.ema) if recipe.ema else None
         self.order = Order(data.train.reading, recipe.global_batch_size, recipe.seed)
         self.total = max(1, round(recipe.epochs * self.order.steps_per_epoch))
         every = recipe.validate_every
@@ -74,6 +76,8 @@ class Loop:
         self._resume(directory)
         if self.place.rank == 0:
             say(self.log)
+        if self.progressed.stopped:
+            return self.progressed
         saved_at = started = time.monotonic()
         rows_done = 0
         with Writer(directory) as writer:
@@ -81,7 +85,7 @@ class Loop:
                 record = self._step(step, values)
                 rows_done += self._rows_of(step)
                 record |= {"samples_per_s": rows_done / (time.monotonic() - started)}
-                self.progressed = Progressed(step + 1, self.progressed.best_step, self.progressed.best_score)
+                self.progressed = replace(self.progressed, step=step + 1)
                 last = step + 1 == self.total
                 due = last or (step + 1) % self.every == 0
                 if due:
@@ -89,8 +93,10 @@ class Loop:
                 self.log.append(record)
                 self._tell(step, record, say)
                 if due:
+                    self.stopping |= optimizer.should_stop(optimizer.scores(self.log), self.recipe.patience)
                     wanted = last or time.monotonic() - saved_at >= self.recipe.checkpoint_every_s
                     save, stop = self._agreed(wanted or self.stopping, self.stopping)
+                    self.progressed = replace(self.progressed, stopped=stop)
                     if save:
                         self._save(writer)
                         saved_at = time.monotonic()
@@ -124,13 +130,15 @@ class Loop:
             for parameter in self.trained.values():
                 assert parameter.grad is not None
                 parameter.grad.mul_(self.recipe.clip_grad_norm / norm)
-        rate = _schedule(step, self.total, self.recipe.warmup)
+        lr = self.recipe.lr * optimizer.rate(step, self.total, self.recipe)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr * rate
+            group["lr"] = lr * group["lr_factor"]
         self.optimizer.step()
         self.encoder.clamp_scales_()
+        if self.ema:
+            self.ema.update_(step + 1)
         figures = {"step": step + 1, "total": self.total, "loss": float(loss)}
-        figures |= {"chance_loss": self.objective.chance(self._rows_of(step)), "lr": self.recipe.lr * rate}
+        figures |= {"chance_loss": self.objective.chance(self._rows_of(step)), "lr": lr}
         figures |= {f"{pair}_scale": float(value.detach().exp()) for pair, value in self.encoder.log_scales.items()}
         figures |= {f"{name}_grad_norm": value for name, value in norms.items() if name}
         return {**figures, **{f"{name}_alike": value for name, value in alike.items()}}
@@ -194,11 +202,16 @@ class Loop:
     def _validate(self) -> dict[str, float]:
         """Figures on the validation rows; remembers the best parameters so far."""
         self.encoder.eval()
-        found = self.validation.run()
-        if found.score is not None and found.score > self.progressed.best_score:
-            self.progressed = Progressed(self.progressed.step, self.progressed.step, found.score)
-            self.best = {name: p.detach().clone() for name, p in self.trained.items()}
+        with self.averaged():
+            found = self.validation.run()
+            if found.score is not None and found.score > self.progressed.best_score:
+                self.progressed = replace(self.progressed, best_step=self.progressed.step, best_score=found.score)
+                self.best = {name: p.detach().clone() for name, p in self.trained.items()}
         return dict(found.figures)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The parameters are their moving averages in here, where the recipe keeps one."""
+        return self.ema.swapped() if self.ema else nullcontext()
 
     def _tell(self, step: int, record: Mapping[str, float], say: Say) -> None:
         if self.place.rank != 0:
@@ -221,6 +234,7 @@ class Loop:
             state = self.optimizer.state[parameter]
             tensors |= {f"optimizer.{name}.{slot}": value for slot, value in state.items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        tensors |= {f"ema.{name}": value for name, value in (self.ema.state() if self.ema else {}).items()}
         everything = {name: sharded.whole(tensor.detach()) for name, tensor in tensors.items()}
         if self.place.rank == 0:
             writer.write(Checkpoint(self.progressed, everything, list(self.log)))
@@ -240,19 +254,5 @@ class Loop:
             }
             if f"best.{name}" in found.tensors:
                 self.best[name] = sharded.like(found.tensors[f"best.{name}"], parameter)
-
-
-def _groups(trained: Mapping[str, torch.nn.Parameter], decay: float) -> list[dict[str, object]]:
-    """No weight decay on biases, norms and the scale: everything with fewer than two dimensions."""
-    return [
-        {"params": [p for p in trained.values() if p.ndim >= 2], "weight_decay": decay},
-        {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
-def _schedule(step: int, total: int, warmup: float) -> float:
-    """Linear warm-up, then a cosine to zero; 1 is the peak rate."""
-    warm = max(1, round(warmup * total))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+        if self.ema:
+            self.ema.load_state({name: found.tensors[f"ema.{name}"] for name in self.trained})

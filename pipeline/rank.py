@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from conjoin.encoders import sharded
+from conjoin.encoders import sharded, tuning
 from conjoin.encoders.footprint import micro_batch_size
 from conjoin.encoders.objective import Objective
 from conjoin.pipeline import storage
 from conjoin.pipeline.checkpoints import save_encoder
-from conjoin.pipeline.errors import TrainError
+from conjoin.pipeline.errors import EncoderError, TrainError
 from conjoin.pipeline.fit import Loop
 from conjoin.pipeline.forward import Data, Forward, Place
 
 if TYPE_CHECKING:
     from conjoin.encoders.joint import JointEncoder
+    from conjoin.encoders.towers import Tower
     from conjoin.pipeline.custom import Custom
     from conjoin.pipeline.recipe import TrainConfig
 
@@ -48,29 +49,31 @@ class Job:
 def work(config: dict[str, Job]) -> None:
     """Run one rank to the end. Raises what Ray may try again; what would fail again is left in the sink."""
     import ray
-    import ray.train
-
-    from conjoin.pipeline.embedder import load
 
     job = config["job"]
     torch.set_num_threads(job.threads)
-    place = _place(job.recipe)
-    encoder = prepared(load(storage.join(job.folder, "initial"), device="cpu").encoder, job.recipe)
-    encoder = encoder.to(place.device)
-    data: Data = ray.get(job.data)
-    if place.sharded:
-        for name in encoder.spec.towers:
-            if name not in data.features:
-                backbone = encoder.tower(name).backbone
-                sharded.shard(backbone, _blocks(backbone), place.device)
-    forward = Forward(encoder, data, job.recipe, place, _micro(job, place))
-    loop = Loop(encoder, forward, objective(job.recipe, job.custom), job.folder, job.custom.callbacks)
     try:
+        loop = _loop(job, _place(job.recipe))
         loop.run(lambda records: ray.get(job.sink.put.remote(records)))
-    except TrainError as error:  # the same on every rank, and at every try
+    except (TrainError, EncoderError) as error:  # the same on every rank, and at every try
         ray.get(job.sink.fail.remote(error))
         return
     _save(loop, job)
+
+
+def _loop(job: Job, place: Place) -> Loop:
+    import ray
+
+    from conjoin.pipeline.embedder import load
+
+    encoder = prepared(load(storage.join(job.folder, "initial"), device="cpu").encoder, job.recipe)
+    encoder = encoder.to(place.device)
+    data: Data = ray.get(job.data)
+    for name in encoder.spec.towers:
+        if name not in data.features:
+            _lay_out(encoder.tower(name), job.recipe, place)
+    forward = Forward(encoder, data, job.recipe, place, _micro(job, place))
+    return Loop(encoder, forward, objective(job.recipe, job.custom), job.folder, job.custom.callbacks)
 
 
 def objective(recipe: TrainConfig, custom: Custom) -> Objective:
@@ -89,11 +92,30 @@ def objective(recipe: TrainConfig, custom: Custom) -> Objective:
 
 
 def prepared(encoder: JointEncoder, recipe: TrainConfig) -> JointEncoder:
-    """The encoder with only those parameters trainable that the recipe tunes; the same names in every process."""
+    """The encoder with only those parameters trainable that the recipe tunes; the same names in every process.
+
+    Raises EncoderError for more blocks than a backbone has, or adapters without their package.
+    """
     for name in encoder.spec.towers:
-        if recipe.tower(name).tune == "head":
-            encoder.tower(name).freeze_backbone()
+        try:
+            tuning.freeze(encoder.tower(name), recipe.tower(name).tuning(recipe.seed))
+        except ValueError as error:
+            raise EncoderError(f"the {name} tower cannot be tuned so: {error}", next="Check train.towers") from error
     return encoder
+
+
+def _lay_out(tower: Tower, recipe: TrainConfig, place: Place) -> None:
+    """Where the tower's activations and parameters are kept; in this order, before there is an optimizer."""
+    if recipe.gradient_checkpointing:
+        tuning.checkpoint_activations(tower)
+    if place.sharded:
+        stack = [block for block in tuning.blocks(tower.backbone) if block is not tower.backbone]
+        sharded.shard(tower.backbone, stack, place.device)
+    if recipe.compile:
+        try:
+            tuning.compile_(tower)
+        except ValueError as error:
+            raise EncoderError(str(error), next="Leave train.compile out") from error
 
 
 def memory_bytes() -> int:
@@ -130,14 +152,10 @@ def _micro(job: Job, place: Place) -> int:
     return micro_batch_size(job.bytes_per_row, budget, most)
 
 
-def _blocks(backbone: torch.nn.Module) -> Sequence[torch.nn.Module]:
-    lists = [module for module in backbone.modules() if isinstance(module, torch.nn.ModuleList)]
-    return list(max(lists, key=len, default=[]))
-
-
 def _save(loop: Loop, job: Job) -> None:
     """`last` and `best`: ordinary encoders, made anew from the first one and the tensors that were trained."""
-    last = {name: sharded.whole(p.detach()) for name, p in loop.trained.items()}
+    with loop.averaged():
+        last = {name: sharded.whole(p.detach()).clone() for name, p in loop.trained.items()}
     best = {name: sharded.whole(p) for name, p in loop.best.items()} or last
     if loop.place.rank == 0:
         _write(job, "last", last, loop.progressed.step)
@@ -162,7 +180,7 @@ class Sink:
 
     def __init__(self) -> None:
         self._records: list[dict[str, float]] = []
-        self._error: TrainError | None = None
+        self._error: TrainError | EncoderError | None = None
 
     def put(self, records: Sequence[dict[str, float]]) -> None:
         self._records += records
@@ -171,8 +189,8 @@ class Sink:
         drained, self._records = self._records, []
         return drained
 
-    def fail(self, error: TrainError) -> None:
+    def fail(self, error: TrainError | EncoderError) -> None:
         self._error = error
 
-    def failed(self) -> TrainError | None:
+    def failed(self) -> TrainError | EncoderError | None:
         return self._error

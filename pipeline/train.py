@@ -142,14 +142,10 @@ def _description(source: SourceConfig, recipe: TrainConfig, files: Sequence[Sour
 def _build(source: SourceConfig, recipe: TrainConfig, rows: Selection, folder: str, custom: Custom) -> None:
     """The untrained encoder, saved, so that every worker starts from the same weights."""
     from conjoin.encoders.joint import build
-    from conjoin.encoders.options import TowerOptions
     from conjoin.pipeline.checkpoints import save_encoder
 
     towers = {name: recipe.tower(name) for name in source.modalities}
-    options = {
-        name: TowerOptions(**tower.model_dump(exclude={"tune", "dropout"}), seed=recipe.seed)
-        for name, tower in towers.items()
-    }
+    options = {name: tower.options(recipe.seed) for name, tower in towers.items()}
     needs_captions = "text" in towers and towers["text"].model == "builtin"
     try:
         captions = _captions(source, rows) if needs_captions else ()
@@ -182,7 +178,7 @@ def _features(
     from conjoin.pipeline.embedder import load
     from conjoin.pipeline.features import Frozen, compute
 
-    frozen = [name for name in source.modalities if recipe.tower(name).tune == "head"]
+    frozen = [name for name in source.modalities if recipe.tower(name).frozen]
     if not frozen:
         return {}
     from conjoin.encoders.checkpoint import backbone_fingerprint
