@@ -35,7 +35,6 @@ def test_a_directory_a_glob_a_file_and_a_list(tree: Path) -> None:
     assert _names(tree, f"{tree}/") == ["a.parquet", "b.parquet", "day=1/c.parquet"]
     assert _names(tree, f"{tree}/*.parquet") == ["a.parquet", "b.parquet"]
     assert _names(tree, f"{tree}/day=*/*.parquet") == ["day=1/c.parquet"]
-    assert _names(tree, f"{tree}/n.csv") == ["n.csv"]
     assert _names(tree, [f"{tree}/b.parquet", f"{tree}/*.parquet"]) == ["b.parquet", "a.parquet"]
 
 
