@@ -66,6 +66,8 @@ def training_files(path: str) -> tuple[Kind, list[FileStat]]:
             "train.path is empty", next="Give a file, a glob, {000..331}, a directory, or a list of these"
         )
     found = [file for name in expand_braces(path) for file in _expand(name, (SUFFIXES, tuple(_CONVERTED)))]
+    if not found:
+        raise SourceError("no file matches", where=path, next="{000..331} counts upwards")
     kinds = sorted({kind_of(file.uri) for file in found})
     if len(kinds) > 1:
         what = f"the path holds {' and '.join(kinds)} files"

@@ -143,5 +143,5 @@ def _of_training(error: SourceError, entry: TrainPath | None = None, where: str 
         if field in entry.named:
             what = f"train.path: {what.removeprefix('source.')}"
         elif field != "id":
-            advice += f". Or say `{field}: null` in this entry of train.path, which has none"
+            advice += f". Or say `{field}: null` in this entry of train.path if it has none"
     return SourceError(what.replace("source.path", "train.path"), where=where or error.where, next=advice)
