@@ -121,7 +121,7 @@ def _explain(error: ValidationError) -> str:
     """One line per wrong field: its dotted name, what is wrong, and for an unknown key the nearest known one."""
     lines = []
     for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"])
+        name = ".".join(str(part) for part in item["loc"] if not str(part).startswith("<"))
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(item["loc"][-1]), _known(item["loc"][:-1]), 1, 0.5)
             lines.append(f"{name}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
@@ -135,9 +135,9 @@ def _known(path: tuple[int | str, ...]) -> list[str]:
     for part in path:
         field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
         if field is None:
-            from conjoin.pipeline.recipe import TowerConfig
+            from conjoin.pipeline.recipe import TowerConfig, TrainPath
 
-            return list(TowerConfig.model_fields)
+            return list((TrainPath if "<columns>" in path else TowerConfig).model_fields)
         model = field.annotation
     return list(getattr(model, "model_fields", {}))
 

@@ -29,8 +29,9 @@ _STATE = "state.json"
 
 @dataclass(frozen=True, slots=True)
 class Progressed:
-    """step: global batches done; best_step and best_score: of the best validation so far, -1 before one; stopped: early, by
-    patience or a callback."""
+    """step: global batches done; best_step and best_score: of the best validation so far, -1 before one;
+    stopped: early, by patience or a callback.
+    """
 
     step: int
     best_step: int = -1

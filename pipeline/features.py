@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from conjoin.pipeline import storage, workers
 from conjoin.pipeline.errors import TrainError
+from conjoin.pipeline.order import Positions
 from conjoin.pipeline.progress import Progress, ShowProgress
-from conjoin.pipeline.selection import Positions, Selection
+from conjoin.pipeline.selection import Selection
 
 if TYPE_CHECKING:
     from conjoin.pipeline.embedder import Embedder
@@ -33,7 +34,6 @@ class Frozen:
     encoder: str
     modality: str
     directory: str
-    source: SourceConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +79,14 @@ def compute(frozen: Frozen, rows: Selection, num_actors: int, progress: ShowProg
     contents, first = np.unique(flat_M.astype(str), return_index=True)
     known = {name for part in _parts(frozen.directory) for name in part}
     unknown = [name not in known for name in contents.tolist()]
-    _run(frozen, rows, np.unique(owner_M[first[unknown]]), num_actors, progress)
+    _run(frozen, (rows, np.unique(owner_M[first[unknown]])), num_actors, progress)
     values: dict[str, NDArray[np.float32]] = {}
     needed = set(contents.tolist())
     for part in _parts(frozen.directory):
         values |= {name: value for name, value in part.items() if name in needed}
     there = [name for name in contents.tolist() if name in values]
     if not there:
-        raise TrainError(f"no record has a usable {frozen.modality}", where=str(frozen.source.path))
+        raise TrainError(f"no record has a usable {frozen.modality}", where=rows.files[0])
     place = {name: number for number, name in enumerate(there)}
     content_M = np.array([place.get(name, -1) for name in flat_M.tolist()], dtype=np.int64)
     good = content_M >= 0
@@ -103,31 +103,44 @@ def _parts(directory: str) -> Iterator[dict[str, NDArray[np.float32]]]:
             yield {bytes(name).hex(): value for name, value in zip(part["hash"], part["value"], strict=True)}
 
 
-def _hashes(frozen: Frozen, rows: Selection, progress: ShowProgress) -> NDArray[np.object_]:
+def _hashes(frozen: Frozen, rows: Selection, progress: ShowProgress) -> list[list[str]]:
     """The content hashes of every record's values in hex, by position; an empty list where there is none."""
     from ray.data import from_items
 
-    from conjoin.pipeline.source import columns_of, content_hash, python_values, read_rows, values_of
+    sources, modality = rows.sources, frozen.modality
 
     def hash_rows(batch: Mapping[str, NDArray[np.object_]]) -> dict[str, list[object]]:
-        where = batch["rows"][0]
-        table = read_rows(frozen.source, batch["file"][0], int(batch["row_group"][0]), columns, np.array(where))
-        values = [items_of(value) for value in python_values(values_of(frozen.source, table, frozen.modality))]
-        hashes = [" ".join(content_hash(item).hex() for item in items) for items in values]
+        from conjoin.pipeline.source import content_hash
+
+        values = _read(sources, batch, modality)
+        hashes = [" ".join(content_hash(item).hex() for item in items_of(value)) for value in values]
         return {"position": list(batch["position"][0]), "hashes": hashes}
 
-    columns = columns_of(frozen.source, frozen.modality)
-    items = list(reading_units(rows, np.arange(len(rows))))
-    hashes_N = np.zeros(len(rows), dtype=object)
-    done = 0
+    items = [unit for unit in reading_units(rows, np.arange(len(rows))) if _gives(sources, unit, modality)]
+    hashes_N: list[list[str]] = [[] for _ in range(len(rows))]
+    total, done = sum(len(np.array(unit["rows"])) for unit in items), 0
     with workers.data_settings():
-        dataset = from_items(items, override_num_blocks=len(items)).map_batches(hash_rows, batch_size=1)
+        dataset = from_items(items, override_num_blocks=len(items) or 1).map_batches(hash_rows, batch_size=1)
         for batch in dataset.iter_batches(batch_size=None):
             for position, hashes in zip(batch["position"], batch["hashes"], strict=True):
                 hashes_N[position] = hashes.split()
             done += len(batch["position"])
-            progress(Progress(f"hash {frozen.modality}", done, len(rows)))
+            progress(Progress(f"hash {modality}", done, total))
     return hashes_N
+
+
+def _gives(sources: Sequence[SourceConfig], unit: Mapping[str, object], modality: str) -> bool:
+    return modality in sources[int(str(unit["source"]))].modalities
+
+
+def _read(sources: Sequence[SourceConfig], batch: Mapping[str, NDArray[np.object_]], modality: str) -> Sequence[object]:
+    """The values of a reading unit, as Ray hands it over."""
+    from conjoin.pipeline.source import columns_of, python_values, read_rows, values_of
+
+    source = sources[int(batch["source"][0])]
+    where = str(batch["file"][0]), int(batch["row_group"][0])
+    table = read_rows(source, *where, columns_of(source, modality), np.array(batch["rows"][0]))
+    return python_values(values_of(source, table, modality))
 
 
 def items_of(value: object) -> list[object]:
@@ -137,14 +150,16 @@ def items_of(value: object) -> list[object]:
 
 
 def reading_units(rows: Selection, wanted: Positions, most: int = 1 << 62) -> Iterator[dict[str, object]]:
-    """Reads of up to `most` rows of one row group: file, row_group, rows within it (ascending), and their positions."""
-    reading = rows.reading[wanted]
+    """Reads of up to `most` rows of one row group: source (its number in rows.sources), file, row_group, rows within
+    it (ascending), and their positions."""
+    reading = rows.taken(wanted).reading
     for group in np.unique(reading):
         positions = wanted[reading == group]
         positions = positions[np.argsort(rows.row_N[positions])]
         for piece in np.array_split(positions, -(-len(positions) // most)):
             first = piece[0]
             yield {
+                "source": rows.part_of_file[rows.file_N[first]],
                 "file": rows.files[rows.file_N[first]],
                 "row_group": int(rows.row_group_N[first]),
                 "rows": rows.row_N[piece],
@@ -152,10 +167,11 @@ def reading_units(rows: Selection, wanted: Positions, most: int = 1 << 62) -> It
             }
 
 
-def _run(frozen: Frozen, rows: Selection, wanted: Positions, num_actors: int, progress: ShowProgress) -> None:
+def _run(frozen: Frozen, wanted: tuple[Selection, Positions], num_actors: int, progress: ShowProgress) -> None:
+    """wanted: positions of a selection."""
     import ray.data
 
-    items = list(reading_units(rows, wanted, _PART_CONTENTS))
+    items = list(reading_units(*wanted, _PART_CONTENTS))
     if not items:
         return
     size = min(num_actors, len(items))
@@ -165,7 +181,7 @@ def _run(frozen: Frozen, rows: Selection, wanted: Positions, num_actors: int, pr
     with workers.data_settings():
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             FeatureActor,
-            fn_constructor_args=(frozen, threads),
+            fn_constructor_args=(frozen, wanted[0].sources, threads),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=size),
             num_cpus=1,
@@ -173,29 +189,27 @@ def _run(frozen: Frozen, rows: Selection, wanted: Positions, num_actors: int, pr
         )
         for batch in dataset.iter_batches(batch_size=None):
             done += int(batch["done"].sum())
-            progress(Progress(f"features {frozen.modality}", done, len(wanted)))
+            progress(Progress(f"features {frozen.modality}", done, len(wanted[1])))
 
 
 class FeatureActor:
     """One process's frozen tower: a read of rows in, one part of the feature store out; threads: torch's."""
 
-    def __init__(self, frozen: Frozen, threads: int) -> None:
+    def __init__(self, frozen: Frozen, sources: Sequence[SourceConfig], threads: int) -> None:
         import torch
 
         from conjoin.pipeline.embedder import load
 
         torch.set_num_threads(threads)
-        self._frozen = frozen
+        self._frozen, self._sources = frozen, sources
         self._embedder: Embedder = load(frozen.encoder)
 
     def __call__(self, batch: Mapping[str, NDArray[np.object_]]) -> dict[str, list[int]]:
         from conjoin.pipeline.decode import decode
-        from conjoin.pipeline.source import columns_of, content_hash, python_values, read_rows, values_of
+        from conjoin.pipeline.source import content_hash
 
-        source, modality = self._frozen.source, self._frozen.modality
-        columns = columns_of(source, modality)
-        table = read_rows(source, batch["file"][0], int(batch["row_group"][0]), columns, np.array(batch["rows"][0]))
-        records = python_values(values_of(source, table, modality))
+        modality = self._frozen.modality
+        records = _read(self._sources, batch, modality)
         items = list(dict.fromkeys(item for record in records for item in items_of(record)))
         decoded = decode(self._embedder.spec.towers[modality], items)
         found = self._embedder.features(modality, decoded)

@@ -60,7 +60,7 @@ class Loop:
         self.trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(optimizer.parameter_groups(encoder, recipe), lr=recipe.lr)
         self.ema = optimizer.Ema(self.trained, recipe.ema) if recipe.ema else None
-        self.order = Order(data.train.reading, recipe.global_batch_size, recipe.seed)
+        self.order = Order(data.train.reading, recipe.global_batch_size, recipe.seed, weights=data.train.weights)
         self.total = max(1, round(recipe.epochs * self.order.steps_per_epoch))
         every = recipe.validate_every
         self.every = self.order.steps_per_epoch if every == "epoch" else every
@@ -83,7 +83,7 @@ class Loop:
         with Writer(directory) as writer:
             for step, values in enumerate(self._batches(), self.progressed.step):
                 record = self._step(step, values)
-                rows_done += self._rows_of(step)
+                rows_done += self.order.rows_of(step)
                 record |= {"samples_per_s": rows_done / (time.monotonic() - started)}
                 self.progressed = replace(self.progressed, step=step + 1)
                 last = step + 1 == self.total
@@ -110,7 +110,7 @@ class Loop:
         first = self.progressed.step
         decoded: Iterator[Mapping[str, Decoded]] = iter(())
         if self.raws:
-            reader = Reader(self.data.source, self.data.train, self.raws, self.recipe.seed, augment=True)
+            reader = Reader(self.data.train, self.raws, self.recipe.seed, augment=True)
             decoded = stream(reader, self.order, first, self.total, where)
         for _, rows in rank_steps(self.order, first, self.total, where):
             yield {"rows": rows, **(next(decoded) if self.raws else {})}
@@ -138,7 +138,7 @@ class Loop:
         if self.ema:
             self.ema.update_(step + 1)
         figures = {"step": step + 1, "total": self.total, "loss": float(loss)}
-        figures |= {"chance_loss": self.objective.chance(self._rows_of(step)), "lr": lr}
+        figures |= {"chance_loss": self.objective.chance(self.order.rows_of(step)), "lr": lr}
         figures |= {f"{pair}_scale": float(value.detach().exp()) for pair, value in self.encoder.log_scales.items()}
         figures |= {f"{name}_grad_norm": value for name, value in norms.items() if name}
         return {**figures, **{f"{name}_alike": value for name, value in alike.items()}}
@@ -147,8 +147,7 @@ class Loop:
         """Gradients of this rank's share; returns the share, and how alike the vectors of a modality are."""
         rows = np.asarray(values["rows"])
         decoded = {name: value for name, value in values.items() if isinstance(value, Decoded)}
-        epoch = step // self.order.steps_per_epoch
-        parts = self.forward.parts(Rows(rows, decoded, (self.recipe.seed, epoch)))
+        parts = self.forward.parts(Rows(rows, decoded, (self.recipe.seed, self.order.draw(step))))
         groups = torch.from_numpy(self.data.train.group_N[rows]).to(self.place.device)
         alike: dict[str, float] = {}
 
@@ -182,7 +181,7 @@ class Loop:
 
         where = storage.join(self.folder, "not_finite.json")
         if self.place.rank == 0:
-            ids = ids_of(self.data.source, self.data.train, self._global_rows(step))
+            ids = ids_of(self.data.train, self._global_rows(step))
             storage.write_json(where, {"step": step + 1, "loss": str(loss), "ids": ids})
         return TrainError(
             f"loss or gradient are not finite at step {step + 1} (loss {loss})",
@@ -193,11 +192,6 @@ class Loop:
     def _global_rows(self, step: int) -> Positions:
         epoch, inside = divmod(step, self.order.steps_per_epoch)
         return next(iter(self.order.steps(epoch, inside)))
-
-    def _rows_of(self, step: int) -> int:
-        """Of the global batch: the last one of an epoch may be short."""
-        rest = len(self.data.train) - step % self.order.steps_per_epoch * self.recipe.global_batch_size
-        return min(self.recipe.global_batch_size, rest)
 
     def _validate(self) -> dict[str, float]:
         """Figures on the validation rows; remembers the best parameters so far."""

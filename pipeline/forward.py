@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from conjoin.pipeline.features import Features
     from conjoin.pipeline.recipe import TrainConfig
     from conjoin.pipeline.selection import Selection
-    from conjoin.pipeline.source import SourceConfig
 
 _LENGTHS = 4
 
@@ -36,7 +35,6 @@ _LENGTHS = 4
 class Data:
     """Training and validation rows, and the features of frozen towers over both (training rows first)."""
 
-    source: SourceConfig
     train: Selection
     validation: Selection
     features: Mapping[str, Features]
@@ -55,7 +53,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Some rows of one rank. drawn_by: seed and epoch while training; None for validation, whose rows follow the
+    """Some rows of one rank. drawn_by: seed and Order.draw while training; None for validation, whose rows follow the
     training rows. decoded: of the towers whose backbone is trained."""
 
     positions: Positions

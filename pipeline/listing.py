@@ -1,4 +1,4 @@
-"""Which Parquet files a source path means: a file, a glob, a directory, or a list of these, local or in a bucket.
+"""Which files a source or training path means: a file, a glob, a directory, or a list of these, local or in a bucket.
 
 Assumes: names that begin with "." or "_" are bookkeeping of whoever wrote the directory, not data.
 """
@@ -9,12 +9,17 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Literal
 
 from conjoin.pipeline import storage
 from conjoin.pipeline.errors import SourceError
 from conjoin.pipeline.storage import FileStat
 
+Kind = Literal["Parquet", "CSV", "tar"]
 SUFFIXES = (".parquet", ".parq", ".pq")
+# What only a training path may be; pipeline/ingest.py makes Parquet of it.
+_CONVERTED: dict[str, Kind] = {".csv": "CSV", ".csv.gz": "CSV", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar"}
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _GLOB = re.compile(r"[*?\[]")
 _ANCESTORS = 3
 # What lies in a table directory -> (its kind, how to get plain Parquet out of it).
@@ -36,20 +41,62 @@ def parquet_files(path: str | Sequence[str]) -> list[FileStat]:
     paths = [path] if isinstance(path, str) else list(path)
     if not paths or not all(paths):
         raise SourceError("source.path is empty", next="Give a Parquet file, a glob, a directory, or a list of these")
-    found = [file for item in paths for file in _expand(item)]
+    found = [file for item in paths for file in _expand(item, (SUFFIXES,))]
+    for file in found:
+        if kind_of(file.uri) != "Parquet":
+            advice = 'Convert it, or name it in train.path: "{path: FILE}" trains on it'
+            raise SourceError(
+                f"source.path takes Parquet, and this is {kind_of(file.uri)}", where=file.uri, next=advice
+            )
     return list({file.uri: file for file in found}.values())
+
+
+def kind_of(path: str) -> Kind:
+    """By the end of the name; what has another end is taken for Parquet."""
+    return next((kind for end, kind in _CONVERTED.items() if path.lower().endswith(end)), "Parquet")
+
+
+def training_files(path: str) -> tuple[Kind, list[FileStat]]:
+    """Every file of one training path once, and what they are; of a directory without Parquet its CSV or tar files.
+
+    `{000..331}` and `{a,b}` stand for several names. Raises SourceError as parquet_files does, and for two kinds.
+    """
+    if not path:
+        raise SourceError(
+            "train.path is empty", next="Give a file, a glob, {000..331}, a directory, or a list of these"
+        )
+    found = [file for name in expand_braces(path) for file in _expand(name, (SUFFIXES, tuple(_CONVERTED)))]
+    if not found:
+        raise SourceError("no file matches", where=path, next="{000..331} counts upwards")
+    kinds = sorted({kind_of(file.uri) for file in found})
+    if len(kinds) > 1:
+        what = f"the path holds {' and '.join(kinds)} files"
+        raise SourceError(what, where=path, next="Name each kind in an entry of its own, for example with a glob")
+    return kinds[0], list({file.uri: file for file in found}.values())
+
+
+def expand_braces(path: str) -> list[str]:
+    """Every name that `{000..331}` and `{a,b}` stand for, in order; leading zeros say how wide numbers are."""
+    found = _BRACES.search(path)
+    if not found:
+        return [path]
+    first, last, names = found.groups()
+    choices = names.split(",") if names else [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
+    start, end = path[: found.start()], path[found.end() :]
+    return [f"{start}{choice}{rest}" for choice in choices for rest in expand_braces(end)]
 
 
 def base_directory(path: str | Sequence[str]) -> str:
     """Where relative URIs start: the directory of the (first) source path, absolute."""
     first = path if isinstance(path, str) else path[0]
-    fixed = _GLOB.split(first, maxsplit=1)[0]
-    is_file = fixed != first or first.endswith(SUFFIXES)
+    fixed = re.split(f"{_GLOB.pattern}|{_BRACES.pattern}", first, maxsplit=1)[0]
+    is_file = fixed != first or first.endswith(SUFFIXES) or kind_of(first) != "Parquet"
     base = posixpath.dirname(fixed) if is_file else fixed.rstrip("/")
     return base if storage.is_s3(base) else storage.filesystem(base or ".")[1]
 
 
-def _expand(path: str) -> list[FileStat]:
+def _expand(path: str, wanted: tuple[tuple[str, ...], ...]) -> list[FileStat]:
+    """wanted: ends of names; of a directory, files with the first that there are."""
     if _GLOB.search(path):
         _refuse_table_format(base_directory(path))
         matched = [file for file in storage.match_stats(path) if not _is_hidden(posixpath.basename(file.uri))]
@@ -66,13 +113,16 @@ def _expand(path: str) -> list[FileStat]:
     if inside:
         raise _refusal(inside[2] or "metadata/*.metadata.json", path)
     _refuse_table_format(posixpath.dirname(path.rstrip("/")))
-    parquet = [file for file in listed if _is_data(_below(file.uri, path))]
-    if not parquet:
+    ends = (([file for file in listed if _is_data(_below(file.uri, path), suffixes)]) for suffixes in wanted)
+    data = next(filter(None, ends), None)
+    if not data:
         kinds = Counter(posixpath.splitext(file.uri)[1] or "no suffix" for file in listed).most_common(3)
         what = ", ".join(f"{count} x {suffix}" for suffix, count in kinds)
         advice = "Convert it, for example: duckdb -c \"COPY (FROM 'data.csv') TO 'data.parquet'\""
+        if any(kind_of(file.uri) != "Parquet" for file in listed):
+            advice += "; or name it in train.path, which takes CSV and WebDataset tars"
         raise SourceError(f"the directory holds no Parquet file ({what})", where=path, next=advice)
-    return parquet
+    return data
 
 
 def _refuse_nothing(path: str) -> None:
@@ -111,8 +161,8 @@ def _below(uri: str, path: str) -> str:
     return storage.filesystem(uri)[1].removeprefix(root).lstrip("/")
 
 
-def _is_data(relative: str) -> bool:
-    return relative.endswith(SUFFIXES) and not any(_is_hidden(part) for part in relative.split("/"))
+def _is_data(relative: str, suffixes: tuple[str, ...]) -> bool:
+    return relative.endswith(suffixes) and not any(_is_hidden(part) for part in relative.split("/"))
 
 
 def _is_hidden(name: str) -> bool:

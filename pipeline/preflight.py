@@ -1,6 +1,6 @@
 """What a training is about to do, said before it starts: rows, steps, memory, what learns, and repeated texts.
 
-Assumes: the untrained encoder is saved; memory is an estimate per worker from what autograd keeps of one row.
+Assumes: memory is an estimate per worker from what autograd keeps of one row.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ if TYPE_CHECKING:
     from conjoin.pipeline.forward import Data
     from conjoin.pipeline.recipe import TrainConfig
 
+_MANY_REPEATS = 0.1
 _FLOAT = 4
 _ADAMW = 3 * _FLOAT  # gradient and two moments
 
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """repeated_texts: share of sampled rows whose text another one has too, None without texts. bytes_per_row: kept
-    for the backward pass by the towers whose backbone learns; memory_bytes: of one worker, without its inputs."""
+    """repeated_texts: share of rows (of a sample of them, if they are many) whose text another one has too; of those
+    unmasked_texts: in another group, so that they count as negatives. bytes_per_row: kept for the backward pass by the
+    towers whose backbone learns; memory_bytes: of one worker, without its inputs.
+    """
 
     rows: int
     groups: int
     validation_rows: int
-    repeated_texts: float | None
+    repeated_texts: float
+    unmasked_texts: float
     steps: int
     steps_per_epoch: int
     global_batch_size: int
@@ -49,7 +53,7 @@ class Preflight:
             "frozen": f"{frozen:.0%} of {self.parameters / 1e6:.1f}M parameters",
             "memory": f"{self.memory_bytes / 1e9:.1f} GB a worker",
         }
-        if self.repeated_texts is not None:
+        if self.repeated_texts:
             found["repeated texts"] = f"{self.repeated_texts:.0%}"
         if warning := self.warning():
             found["warning"] = warning
@@ -59,21 +63,23 @@ class Preflight:
         """What had better be looked at first; empty if nothing."""
         if self.rows < self.global_batch_size:
             return f"{self.rows:,} rows are less than one batch of {self.global_batch_size:,}"
-        ungrouped = self.groups > 0.95 * self.rows
-        if self.repeated_texts is not None and self.repeated_texts > 0.1 and ungrouped:
+        if self.unmasked_texts > _MANY_REPEATS:
             return (
-                f"{self.repeated_texts:.0%} of the texts repeat: name a column that equals for equal things in "
-                "source.group, or they are each other's negatives"
+                f"{self.unmasked_texts:.0%} of the texts repeat and are each other's negatives: name a column that is "
+                "equal for them in source.group"
             )
         return ""
 
 
-def look(
-    encoder: JointEncoder, data: Data, recipe: TrainConfig, steps: tuple[int, int], repeated: float | None
-) -> Preflight:
-    """encoder: as it is trained, on the CPU; steps: in all and per epoch; repeated: share of repeated texts."""
+def look(encoder: JointEncoder, data: Data, recipe: TrainConfig) -> Preflight:
+    """encoder: as it is trained, on the CPU. Reads texts of the source, to see how many repeat."""
     from conjoin.encoders.footprint import bytes_per_row
+    from conjoin.pipeline.captions import duplicates
+    from conjoin.pipeline.order import Order
 
+    repeats = duplicates(data.train)
+    unmasked = repeats.repeated if recipe.same_group == "negative" else repeats.apart
+    order = Order(data.train.reading, recipe.global_batch_size, recipe.seed, weights=data.train.weights)
     raws = [name for name in encoder.spec.towers if name not in data.features]
     per_row = sum(bytes_per_row(encoder.tower(name)) for name in raws)
     sizes = _sizes(encoder)
@@ -83,11 +89,12 @@ def look(
     state = (sizes["all"] * _FLOAT + sizes["trained"] * _ADAMW) // spread
     return Preflight(
         rows=len(data.train),
-        groups=len(set(data.train.group_N.tolist())),
+        groups=repeats.groups,
         validation_rows=len(data.validation),
-        repeated_texts=repeated,
-        steps=steps[0],
-        steps_per_epoch=steps[1],
+        repeated_texts=repeats.repeated,
+        unmasked_texts=unmasked,
+        steps=max(1, round(recipe.epochs * order.steps_per_epoch)),
+        steps_per_epoch=order.steps_per_epoch,
         global_batch_size=recipe.global_batch_size,
         workers=recipe.workers,
         parameters=sizes["all"],

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_serializer, model_validator
 
 from conjoin.encoders.options import TowerOptions, Tuning
+from conjoin.pipeline import template
 from conjoin.pipeline.section import Section
 
 # What these say changes nothing about the weights that come out.
@@ -20,6 +21,9 @@ BESIDE_THE_POINT = {
 }
 _OPTIONS = {field.name for field in fields(TowerOptions)} - {"seed"}
 _TUNE = r"^(all|head|lora|last:[1-9][0-9]*)$"
+
+# What an entry of `path` may name for itself.
+COLUMNS = ("id", "group", "image", "text", "audio")
 
 
 class TowerConfig(Section):
@@ -65,11 +69,52 @@ class TowerConfig(Section):
         return self
 
 
+class TrainPath(Section):
+    """Some of the training data, with columns of its own; a column that is not named is the source's."""
+
+    path: str = Field(description="Parquet, CSV or WebDataset tars: a file, a glob, {000..331}, or a directory")
+    weight: float = Field(1, gt=0, description="how often a row is seen per epoch: 2 is twice, 0.5 every other epoch")
+    id: str | None = Field(None, description="default: the source's; of a tar, __key__")
+    group: str | None = Field(None, description="default: the source's; of a tar, none. null: this path has none")
+    image: str | None = Field(None, description="default: the source's; null: this path has none")
+    text: str | None = Field(None, description="default: the source's; null: this path has none")
+    audio: str | None = Field(None, description="default: the source's; null: this path has none")
+
+    @field_validator("text")
+    @classmethod
+    def _template(cls, text: str | None) -> str | None:
+        return text if text is None else template.checked(text)
+
+    @property
+    def named(self) -> dict[str, str | None]:
+        """The columns that the run file names here, nulls included."""
+        columns = [name for name in COLUMNS if name in self.model_fields_set]
+        return {name: getattr(self, name) for name in columns if name != "id" or self.id is not None}
+
+    @model_serializer
+    def _said(self) -> dict[str, str | float | None]:
+        """Without what the run file leaves out: null would say that the path lacks it."""
+        return {"path": self.path, "weight": self.weight, **self.named}
+
+
+def _shape(path: object) -> str:
+    """So that an error names the wrong key of an entry, and not everything that the entry could have been."""
+    return "<path>" if isinstance(path, str) else "<list>" if isinstance(path, list) else "<columns>"
+
+
+_Path = Annotated[str, Tag("<path>")]
+_Columns = Annotated[TrainPath, Tag("<columns>")]
+_List = Annotated[list[Annotated[_Path | _Columns, Discriminator(_shape)]], Tag("<list>")]
+_Paths = Annotated[_Path | _Columns | _List, Discriminator(_shape)]
+
+
 class TrainConfig(Section):
     """A recipe: editing it never re-embeds anything."""
 
-    path: str | list[str] | None = Field(None, description="default: the source")
-    where: str | None = Field(None, description="SQL condition over the source's columns: rows that may be trained on")
+    path: _Paths | None = Field(
+        None, description="default: the source; paths may have columns of their own, and in a list weights"
+    )
+    where: str | None = Field(None, description="SQL condition over columns: rows that may be trained on")
     output: str = Field("encoders", description="a folder per training run is made below it")
     towers: dict[str, TowerConfig] = Field(default_factory=dict, description="per modality; default: builtin")
     dim: int = Field(256, ge=2, le=8192)

@@ -1,6 +1,7 @@
 """Which rows may be trained on: the split by group and the recipe's `where`, read from cheap columns only.
 
-Assumes: rows are listed in the order of the source, so that a position here is a fixed (file, row group, row).
+Assumes: training rows are listed in the order of the parts and their files, so that a position here is a fixed (file,
+row group, row). Every part is split by its own groups or ids; equal groups are one group, whatever part they are in.
 """
 
 from __future__ import annotations
@@ -14,21 +15,26 @@ from numpy.typing import NDArray
 
 from conjoin.pipeline import utf8
 from conjoin.pipeline.errors import ConfigError, TrainError
+from conjoin.pipeline.mixture import Part, modalities
+from conjoin.pipeline.order import Positions, Weights
 from conjoin.pipeline.progress import Progress, ShowProgress
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from conjoin.pipeline.source import SourceConfig, SourceFile
-
-Positions = NDArray[np.int64]
+    from conjoin.pipeline.source import SourceConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Rows of the source by position: files[file_N], row_group_N and row_N within it, group_N (int64, equal = same)."""
+    """Rows by position: files[file_N], row_group_N and row_N within it, group_N (int64, equal = same).
 
+    parts[part_of_file[f]] says how file f is read.
+    """
+
+    parts: tuple[Part, ...]
     files: tuple[str, ...]
+    part_of_file: tuple[int, ...]
     file_N: Positions
     row_group_N: Positions
     row_N: Positions
@@ -40,75 +46,166 @@ class Selection:
     @property
     def reading(self) -> Positions:
         """A number per row, equal for rows of one row group."""
-        return np.unique(np.stack([self.file_N, self.row_group_N]), axis=1, return_inverse=True)[1].reshape(-1)
+        most = int(self.row_group_N.max(initial=0)) + 1
+        return np.unique(self.file_N * most + self.row_group_N, return_inverse=True)[1].reshape(-1)
+
+    @property
+    def weights(self) -> Weights:
+        """How often each row is seen per epoch."""
+        part_N = np.array(self.part_of_file, dtype=np.int64)[self.file_N]
+        return Weights(part_N, tuple(part.weight for part in self.parts))
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """By part."""
+        return tuple(part.source for part in self.parts)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those that any part gives."""
+        return modalities(self.parts)
 
     def followed_by(self, other: Selection) -> Selection:
         """The rows of both, of the same files."""
-        names = ("file_N", "row_group_N", "row_N", "group_N")
-        return Selection(self.files, *(np.concatenate([getattr(self, name), getattr(other, name)]) for name in names))
+        return self._with([np.concatenate(pair) for pair in zip(self._rows(), other._rows(), strict=True)])
+
+    def taken(self, positions: Positions) -> Selection:
+        """These rows, in this order."""
+        return self._with([values[positions] for values in self._rows()])
+
+    def interleaved(self) -> Selection:
+        """The same rows, so that any first of them are of all parts in proportion; of one part: as they are."""
+        part_N = self.weights.part_N
+        keys = np.zeros(len(self))
+        for part in range(len(self.parts)):
+            mine = np.flatnonzero(part_N == part)
+            keys[mine] = (np.arange(len(mine)) + 0.5) / max(len(mine), 1)
+        return self.taken(np.argsort(keys, kind="stable"))
+
+    def _rows(self) -> list[Positions]:
+        return [self.file_N, self.row_group_N, self.row_N, self.group_N]
+
+    def _with(self, rows: Sequence[Positions]) -> Selection:
+        return Selection(self.parts, self.files, self.part_of_file, *rows)
 
 
-def select(
-    source: SourceConfig, files: Sequence[SourceFile], where: str | None, progress: ShowProgress
-) -> dict[str, Selection]:
-    """Rows by split: train, validation, test. `where` chooses among all of them.
+def select(parts: Sequence[Part], where: str | None, progress: ShowProgress) -> dict[str, Selection]:
+    """Rows by split: train, validation, test. `where` chooses among all of them, in parts that have its columns.
 
+    Training rows are in the order of the source, the others interleaved.
     Raises ConfigError for a condition that cannot be evaluated, TrainError if it leaves nothing to train on.
     """
-    from conjoin.pipeline.source import group_values, read_rows, split_of
-
-    columns = [source.id, *([source.group] if source.group else []), *_columns_of_condition(where, files[0].path)]
-    parts: list[tuple[NDArray[np.str_], NDArray[np.int64]]] = []
-    total, done = sum(file.num_rows for file in files), 0
-    for number, file in enumerate(files):
+    conditions = _conditions(parts, where)
+    files = [(number, file) for number, part in enumerate(parts) for file in part.files]
+    read: list[tuple[NDArray[np.str_], NDArray[np.int64]]] = []
+    total, done = sum(file.num_rows for _, file in files), 0
+    for number, (part, file) in enumerate(files):
         for row_group in range(len(file.row_groups)):
-            rows = read_rows(source, file.path, row_group, columns)
-            groups = group_values(source, rows)
-            kept = np.flatnonzero(_holds(rows, where))
-            codes = _codes(groups)
-            position = np.stack([np.full(len(kept), number), np.full(len(kept), row_group), kept, codes[kept]])
-            parts.append((split_of(groups, source.split)[kept], position.astype(np.int64)))
-            done += rows.num_rows
+            splits, kept, codes = _read(parts[part], (file.path, row_group), conditions[part])
+            position = np.stack([np.full(len(kept), number), np.full(len(kept), row_group), kept, codes])
+            read.append((splits, position.astype(np.int64)))
+            done += file.row_groups[row_group]
             progress(Progress("select", done, total))
-    splits, positions = np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts], axis=1)
-    paths = tuple(file.path for file in files)
-    found = {name: Selection(paths, *positions[:, splits == name]) for name in ("train", "validation", "test")}
+    splits, positions = np.concatenate([one[0] for one in read]), np.concatenate([one[1] for one in read], axis=1)
+    names = tuple(parts), tuple(file.path for _, file in files), tuple(part for part, _ in files)
+    found = {name: Selection(*names, *positions[:, splits == name]) for name in ("train", "validation", "test")}
     if len(found["train"]) < 2:
         chosen = f" where {where}" if where else ""
         raise TrainError(
             f"{len(found['train'])} of {total} rows{chosen} are for training", next="Training needs two or more"
         )
-    return found
+    return {name: rows if name == "train" else rows.interleaved() for name, rows in found.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Condition:
+    """What `train.where` means for one part; text None: it has none of the columns, and every row holds."""
+
+    text: str | None
+    columns: tuple[str, ...] = ()
+
+
+def _read(
+    part: Part, where: tuple[str, int], condition: _Condition
+) -> tuple[NDArray[np.str_], Positions, NDArray[np.int64]]:
+    """Splits, positions and group codes of the rows of a row group that the condition keeps; where: file, row group."""
+    from conjoin.pipeline.source import group_values, read_rows, split_of
+
+    source = part.source
+    named = [source.id, *([source.group] if source.group else []), *condition.columns]
+    rows = read_rows(source, *where, named)
+    groups = group_values(source, rows)
+    kept = np.flatnonzero(_holds(rows, condition.text))
+    codes = _codes(groups)
+    if part.has_own_ids:
+        by_id = np.asarray(rows[source.group].is_null()) if source.group else np.ones(rows.num_rows, dtype=bool)
+        codes[by_id] ^= _salt(part)
+    return split_of(groups, source.split)[kept], kept, codes[kept]
 
 
 def _codes(groups: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
     """64 bits of each group's hash: equal for equal groups in all files."""
-    from conjoin.pipeline.source import content_hash
-
     known: dict[object, int] = {}
     return np.array(
-        [
-            known.setdefault(g, int.from_bytes(content_hash(str(g))[:8], "little", signed=True))
-            for g in utf8.python_values(groups)
-        ],
+        [known.setdefault(g, _code(str(g))) for g in utf8.python_values(groups)],
         dtype=np.int64,
     )
 
 
-def _columns_of_condition(where: str | None, file: str) -> list[str]:
+def _code(text: str) -> int:
+    from conjoin.pipeline.source import content_hash
+
+    return int.from_bytes(content_hash(text)[:8], "little", signed=True)
+
+
+def _salt(part: Part) -> int:
+    """Keeps the ids of a part apart from equal ones of other parts, which name other things."""
+    return _code(str(part.source.path))
+
+
+def _conditions(parts: Sequence[Part], where: str | None) -> list[_Condition]:
+    """For each part; those that have none of the columns keep all rows, unless that is so of every part."""
     if where is None:
-        return []
+        return [_Condition(None)] * len(parts)
+    found: list[_Condition] = []
+    errors: list[ConfigError] = []
+    names = _names_in(where)
+    for part in parts:
+        try:
+            found.append(_Condition(where, tuple(_columns_of_condition(names, part.files[0].path))))
+        except ConfigError as error:
+            if _has_any(names, part.files[0].path):
+                raise
+            errors.append(error)
+            found.append(_Condition(None))
+    if len(errors) == len(parts):
+        raise errors[0]
+    return found
+
+
+def _names_in(where: str) -> list[str]:
     import sqlglot
     from sqlglot import exp
-
-    from conjoin.pipeline.source import column_names
 
     try:
         condition = sqlglot.parse_one(where, read="duckdb", into=exp.Condition)
     except sqlglot.errors.ParseError as error:
         raise ConfigError(f"train.where is not SQL: {str(error).splitlines()[0]}", where=where) from error
-    names = list(dict.fromkeys(column.name for column in condition.find_all(exp.Column)))
-    there = {name.lower(): name for name in column_names(file)}
+    return list(dict.fromkeys(column.name for column in condition.find_all(exp.Column)))
+
+
+def _there(file: str) -> dict[str, str]:
+    from conjoin.pipeline.source import column_names
+
+    return {name.lower(): name for name in column_names(file)}
+
+
+def _has_any(names: Sequence[str], file: str) -> bool:
+    return any(name.lower() in _there(file) for name in names)
+
+
+def _columns_of_condition(names: Sequence[str], file: str) -> list[str]:
+    there = _there(file)
     for name in names:
         if name.lower() not in there:
             raise ConfigError(
@@ -142,13 +239,14 @@ def _holds(rows: pa.Table, where: str | None) -> NDArray[np.bool_]:
     return np.asarray(held["held"].combine_chunks().to_numpy(zero_copy_only=False), dtype=bool)
 
 
-def ids_of(source: SourceConfig, rows: Selection, positions: Positions) -> list[str]:
+def ids_of(rows: Selection, positions: Positions) -> list[str]:
     """The ids of some rows, in this order, as text."""
     from conjoin.pipeline.features import reading_units
     from conjoin.pipeline.source import read_rows
 
     found: dict[int, str] = {}
-    for unit in reading_units(rows, positions):
+    for unit in reading_units(rows, np.unique(positions)):
+        source = rows.sources[int(str(unit["source"]))]
         where = (str(unit["file"]), int(str(unit["row_group"])))
         table = read_rows(source, *where, [source.id], np.array(unit["rows"]))
         values = utf8.python_values(table[source.id])

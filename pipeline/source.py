@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 
 from conjoin.pipeline import columns, listing, storage, template
 from conjoin.pipeline.columns import SourceSchema
-from conjoin.pipeline.errors import ConfigError, SourceError, StorageError
+from conjoin.pipeline.errors import SourceError, StorageError
 from conjoin.pipeline.records import (
     all_columns,
     columns_of,
@@ -48,6 +48,7 @@ __all__ = [
     "content_hash",
     "content_hashes",
     "dataset",
+    "files_of",
     "first_rows",
     "group_values",
     "kept_of",
@@ -97,12 +98,7 @@ class SourceConfig(Section):
     @field_validator("text")
     @classmethod
     def _template(cls, text: str | None) -> str | None:
-        if text is not None and "{" in text:
-            try:
-                template.parts(text)
-            except ConfigError as error:
-                raise ValueError(error.what) from None
-        return text
+        return text if text is None else template.checked(text)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -127,7 +123,13 @@ def list_source(config: SourceConfig, known: Mapping[str, SourceFile] | None = N
     known: files of an earlier night by path; one whose size and etag are unchanged is not opened again.
     Raises SourceError for missing files, empty globs, table formats, no rows, missing columns and wrong types.
     """
-    stats = listing.parquet_files(config.path)
+    return files_of(config, listing.parquet_files(config.path), known)
+
+
+def files_of(
+    config: SourceConfig, stats: Sequence[storage.FileStat], known: Mapping[str, SourceFile] | None = None
+) -> tuple[SourceFile, ...]:
+    """`list_source` of files that are listed already."""
     unopened = {stat: old for stat in stats if (old := (known or {}).get(stat.uri)) and _is_same(old, stat)}
     to_open = [stat for stat in stats if stat not in unopened]
     footers = _footers(to_open)

@@ -7,7 +7,7 @@ Assumes: pipeline/order.py decided which rows make a step; here they are only re
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from conjoin.pipeline import workers
 from conjoin.pipeline.features import draw_item, items_of, reading_units
-from conjoin.pipeline.order import Order, share
-from conjoin.pipeline.selection import Positions, Selection
+from conjoin.pipeline.order import Order, Positions, share
+from conjoin.pipeline.selection import Selection
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,7 +57,6 @@ class Decoded:
 class Reader:
     """Reads and decodes the rows of a rank; `augment` only while training."""
 
-    source: SourceConfig
     rows: Selection
     raws: tuple[Raw, ...]
     seed: int
@@ -66,21 +65,18 @@ class Reader:
     def read(self, positions: Positions, epoch: int) -> dict[str, Decoded]:
         """The values of these rows, in this order."""
         from conjoin.pipeline.decode import decode
-        from conjoin.pipeline.source import columns_of, python_values, values_of
 
-        values: dict[str, list[object]] = {raw.modality: [None] * len(positions) for raw in self.raws}
-        columns = list(dict.fromkeys(c for raw in self.raws for c in columns_of(self.source, raw.modality)))
-        place = {int(position): number for number, position in enumerate(positions)}
-        for unit in reading_units(self.rows, positions):
-            where = (str(unit["file"]), int(str(unit["row_group"])))
-            table = _rows(self.source, where, columns, np.array(unit["rows"]))
-            for raw in self.raws:
-                found = python_values(values_of(self.source, table, raw.modality))
-                for position, value in zip(np.array(unit["position"]), found, strict=True):
-                    values[raw.modality][place[int(position)]] = self._one(value, epoch, int(position))
+        # a row with a weight may be twice in a step
+        unique, back = np.unique(positions, return_inverse=True)
+        values: dict[str, list[object]] = {raw.modality: [None] * len(unique) for raw in self.raws}
+        for unit in reading_units(self.rows, unique):
+            places = np.searchsorted(unique, np.array(unit["position"]))
+            for modality, found in self._values(unit).items():
+                for place, value in zip(places.tolist(), found, strict=True):
+                    values[modality][place] = self._one(value, epoch, int(unique[place]))
         done = {}
         for raw in self.raws:
-            decoded = decode(raw.spec, values[raw.modality])
+            decoded = decode(raw.spec, [values[raw.modality][place] for place in back.tolist()])
             present = np.zeros(len(positions), dtype=bool)
             present[decoded.owners] = True
             kept = [
@@ -89,6 +85,19 @@ class Reader:
             ]
             done[raw.modality] = Decoded(kept, present)
         return done
+
+    def _values(self, unit: Mapping[str, object]) -> dict[str, Sequence[object]]:
+        """The values of a read, by modality: of those that its part of the data has."""
+        from conjoin.pipeline.source import columns_of, python_values, values_of
+
+        source = self.rows.sources[int(str(unit["source"]))]
+        there = [raw.modality for raw in self.raws if raw.modality in source.modalities]
+        columns = list(dict.fromkeys(column for modality in there for column in columns_of(source, modality)))
+        if not columns:
+            return {}
+        where = (str(unit["file"]), int(str(unit["row_group"])))
+        table = _rows(source, where, columns, np.array(unit["rows"]))
+        return {modality: python_values(values_of(source, table, modality)) for modality in there}
 
     def _one(self, value: object, epoch: int, position: int) -> object:
         """One item of a list per epoch while training; what embedding takes of it otherwise."""
@@ -154,14 +163,14 @@ def _segment(
 def rank_steps(
     order: Order, first_step: int, last_step: int, place: tuple[int, int]
 ) -> Iterator[tuple[int, Positions]]:
-    """(epoch, this rank's rows) of each step."""
+    """(what its random draws depend on: see Order.draw, this rank's rows) of each step."""
     step = first_step
     while step < last_step:
         epoch, inside = divmod(step, order.steps_per_epoch)
         for rows in order.steps(epoch, inside):
             if step >= last_step:
                 return
-            yield epoch, share(rows, *place)
+            yield order.draw(step), share(rows, *place)
             step += 1
 
 

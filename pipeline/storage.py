@@ -16,10 +16,11 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from conjoin.pipeline.errors import StorageError
@@ -259,6 +260,27 @@ def _write_by_rename(target: Path, data: bytes) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def writing(uri: str) -> Iterator[str]:
+    """A local path for a library to write to; on success it becomes `uri`, whole or not at all, else it is removed."""
+    fs, path = filesystem(uri)
+    with TemporaryDirectory(prefix="conjoin-") if is_s3(uri) else nullcontext(str(_made(Path(path).parent))) as folder:
+        beside = Path(folder, f".{Path(path).name}.{uuid.uuid4().hex[:8]}")
+        try:
+            yield str(beside)
+            if is_s3(uri):
+                retry(lambda: fs.put_file(str(beside), path), verb="write", where=uri)
+            else:
+                beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def create_bytes(uri: str, data: bytes) -> bool:

@@ -42,6 +42,16 @@ def parts(template: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(columns), tuple(literals)
 
 
+def checked(text: str) -> str:
+    """A column or template of the run file as it is. Raises ValueError for what is no template."""
+    if "{" in text:
+        try:
+            parts(text)
+        except ConfigError as error:
+            raise ValueError(error.what) from None
+    return text
+
+
 def render(template: str, table: pa.Table) -> pa.Array:
     """The template over a table's columns: an empty field takes its separator with it; all null gives null.
 

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from conjoin.encoders.spec import Json
     from conjoin.pipeline.features import Features
     from conjoin.pipeline.forward import Data
+    from conjoin.pipeline.mixture import Part
+    from conjoin.pipeline.preflight import Preflight
     from conjoin.pipeline.selection import Selection
-    from conjoin.pipeline.source import SourceConfig, SourceFile
+    from conjoin.pipeline.source import SourceConfig
 
 _TOKENIZER_CAPTIONS = 200_000
 _SHOWN = ("loss", "samples_per_s")
@@ -80,105 +82,81 @@ def train(
 
     Raises SourceError, ConfigError or TrainError for data or a recipe that cannot be trained, Interrupted on Ctrl-C.
     """
-    from conjoin.pipeline import workers
+    from conjoin.pipeline import mixture, workers
     from conjoin.pipeline.selection import select
-    from conjoin.pipeline.source import list_source
 
     started = time.monotonic()
-    source = source if recipe.path is None else source.model_copy(update={"path": recipe.path})
     custom = custom or Custom()
-    _check_towers(source, recipe)
-    files = list_source(source)
-    digest = _digest(source, recipe, files, custom)
+    parts = mixture.parts(source, recipe)
+    digest = _digest(source, recipe, parts, custom)
     folder = storage.join(storage.absolute(recipe.output), f"{name}-{digest[:8]}")
     if storage.exists(storage.join(folder, "report.json")):
         raw = storage.read_json(storage.join(folder, "report.json"))
         return TrainReport(**{key: value for key, value in raw.items() if key != "format"})  # type: ignore[arg-type]
-    storage.write_json(storage.join(folder, "train.json"), _description(source, recipe, files))
-    rows = select(source, files, recipe.where, progress)
+    storage.write_json(storage.join(folder, "train.json"), _description(source, recipe, parts))
     initial = storage.join(folder, "initial")
-    if not storage.exists(storage.join(initial, "spec.json")):
-        _build(source, recipe, rows["train"], initial, custom)
-    workers.start()
     try:
-        features = _features(source, recipe, rows, initial, progress)
-        data = _data(source, rows, features)
-        figures = _fit(data, recipe, folder, custom, progress)
+        parts = mixture.converted(parts, storage.join(storage.absolute(recipe.output), "data"), progress)
+        rows = select(parts, recipe.where, progress)
+        if not storage.exists(storage.join(initial, "spec.json")):
+            _build(recipe, rows["train"], initial, custom)
+        workers.start()
+        features = _features(recipe, rows, initial, progress)
+        data = _data(rows, features)
+        ahead = _look(data, recipe, folder, progress)
+        figures = _fit(data, recipe, folder, custom, ahead.bytes_per_row, progress)
     except KeyboardInterrupt:
         raise Interrupted("training stopped", where=folder, next="The same command goes on where it stopped") from None
     return _finish(folder, len(data.train), figures, symptom(figures, recipe.loss), time.monotonic() - started)
 
 
-def _check_towers(source: SourceConfig, recipe: TrainConfig) -> None:
-    unknown = sorted(set(recipe.towers) - set(source.modalities))
-    if unknown:
-        raise ConfigError(
-            f"train.towers names {unknown[0]!r}, which the source does not give", next="Name its column in source"
-        )
-    if len(source.modalities) < 2:
-        given = ", ".join(source.modalities) or "none"
-        raise ConfigError(
-            f"training joins two modalities or more, the source gives {given}", next="Name a second column"
-        )
-
-
-def _digest(source: SourceConfig, recipe: TrainConfig, files: Sequence[SourceFile], custom: Custom) -> str:
+def _digest(source: SourceConfig, recipe: TrainConfig, parts: Sequence[Part], custom: Custom) -> str:
     """Of everything that decides the weights: recipe, columns, split, and the files by path, size and etag."""
+    from conjoin.pipeline.mixture import stamps
+
     fields = source.model_dump(mode="json", include={"id", "group", "image", "text", "audio", "split"})
     fields |= recipe.model_dump(mode="json", exclude=BESIDE_THE_POINT)
     fields["custom"] = custom.digests()
-    fields["files"] = [(file.path, file.size_bytes, file.etag) for file in files]
+    fields["files"] = stamps(parts)
     return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _description(source: SourceConfig, recipe: TrainConfig, files: Sequence[SourceFile]) -> dict[str, object]:
+def _description(source: SourceConfig, recipe: TrainConfig, parts: Sequence[Part]) -> dict[str, object]:
+    from conjoin.pipeline.mixture import stamps
+
     return {
         "source": source.model_dump(mode="json"),
         "recipe": recipe.model_dump(mode="json"),
-        "files": [asdict(file) for file in files],
+        "files": stamps(parts),
     }
 
 
-def _build(source: SourceConfig, recipe: TrainConfig, rows: Selection, folder: str, custom: Custom) -> None:
+def _build(recipe: TrainConfig, rows: Selection, folder: str, custom: Custom) -> None:
     """The untrained encoder, saved, so that every worker starts from the same weights."""
     from conjoin.encoders.joint import build
+    from conjoin.pipeline.captions import captions
     from conjoin.pipeline.checkpoints import save_encoder
 
-    towers = {name: recipe.tower(name) for name in source.modalities}
+    towers = {name: recipe.tower(name) for name in rows.modalities}
     options = {name: tower.options(recipe.seed) for name, tower in towers.items()}
     needs_captions = "text" in towers and towers["text"].model == "builtin"
     try:
-        captions = _captions(source, rows) if needs_captions else ()
-        encoder = build(options, recipe.dim, captions, recipe.loss, custom.towers)
+        texts = captions(rows, _TOKENIZER_CAPTIONS) if needs_captions else ()
+        encoder = build(options, recipe.dim, texts, recipe.loss, custom.towers)
     except (ValueError, OSError) as error:
         raise EncoderError(f"the towers cannot be built: {error}", next="Check train.towers") from error
     save_encoder(encoder, folder, {})
 
 
-def _captions(source: SourceConfig, rows: Selection) -> list[str]:
-    import numpy as np
-
-    from conjoin.pipeline.features import reading_units
-    from conjoin.pipeline.source import columns_of, python_values, read_rows, values_of
-
-    found: list[str] = []
-    for unit in reading_units(rows, np.arange(min(len(rows), _TOKENIZER_CAPTIONS))):
-        at = np.array(unit["rows"])
-        table = read_rows(source, str(unit["file"]), int(str(unit["row_group"])), columns_of(source, "text"), at)
-        for value in python_values(values_of(source, table, "text")):
-            found += [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
-    return found
-
-
 def _features(
-    source: SourceConfig, recipe: TrainConfig, rows: Mapping[str, Selection], initial: str, progress: ShowProgress
+    recipe: TrainConfig, rows: Mapping[str, Selection], initial: str, progress: ShowProgress
 ) -> dict[str, Features]:
     """Of every tower whose backbone is frozen, over training and validation rows."""
     from conjoin.pipeline import workers
     from conjoin.pipeline.embedder import load
     from conjoin.pipeline.features import Frozen, compute
 
-    frozen = [name for name in source.modalities if recipe.tower(name).frozen]
+    frozen = [name for name in rows["train"].modalities if recipe.tower(name).frozen]
     if not frozen:
         return {}
     from conjoin.encoders.checkpoint import backbone_fingerprint
@@ -189,17 +167,32 @@ def _features(
     for name in frozen:
         key = backbone_fingerprint(encoder.tower(name))
         directory = storage.join(storage.absolute(recipe.output), "features", key)
-        found[name] = compute(Frozen(initial, name, directory, source), both, max(1, workers.num_gpus()), progress)
+        found[name] = compute(Frozen(initial, name, directory), both, max(1, workers.num_gpus()), progress)
     return found
 
 
-def _data(source: SourceConfig, rows: Mapping[str, Selection], features: Mapping[str, Features]) -> Data:
+def _data(rows: Mapping[str, Selection], features: Mapping[str, Features]) -> Data:
     from conjoin.pipeline.forward import Data
 
-    return Data(source, rows["train"], rows["validation"], dict(features))
+    return Data(rows["train"], rows["validation"], dict(features))
 
 
-def _fit(data: Data, recipe: TrainConfig, folder: str, custom: Custom, progress: ShowProgress) -> dict[str, float]:
+def _look(data: Data, recipe: TrainConfig, folder: str, progress: ShowProgress) -> Preflight:
+    """What is about to be done: shown, and left in the run's folder. Raises EncoderError for what cannot be tuned."""
+    from conjoin.pipeline.embedder import load
+    from conjoin.pipeline.preflight import look
+    from conjoin.pipeline.rank import prepared
+
+    encoder = prepared(load(storage.join(folder, "initial"), device="cpu").encoder, recipe)
+    ahead = look(encoder, data, recipe)
+    storage.write_json(storage.join(folder, "preflight.json"), dict(ahead.to_json()))
+    progress(Progress("ahead", len(data.train), len(data.train), facts=ahead.facts()))
+    return ahead
+
+
+def _fit(
+    data: Data, recipe: TrainConfig, folder: str, custom: Custom, bytes_per_row: int, progress: ShowProgress
+) -> dict[str, float]:
     """Run the loop on the workers; returns the last record's figures."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -211,7 +204,7 @@ def _fit(data: Data, recipe: TrainConfig, folder: str, custom: Custom, progress:
     log = _Log(folder, sink, lambda figures: symptom(figures, recipe.loss), progress)
     gpu = ray.cluster_resources().get("GPU", 0) >= (recipe.min_workers or recipe.workers)
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // recipe.workers)
-    job = Job(ray.put(data), recipe, folder, sink, cpus, _bytes_per_row(folder, data), custom)
+    job = Job(ray.put(data), recipe, folder, sink, cpus, bytes_per_row, custom)
     with tempfile.TemporaryDirectory(prefix="conjoin-train-") as scratch, log:
         trainer = TorchTrainer(
             work,
@@ -230,15 +223,6 @@ def _fit(data: Data, recipe: TrainConfig, folder: str, custom: Custom, progress:
         if failed := ray.get(sink.failed.remote()):
             raise failed
     return log.last
-
-
-def _bytes_per_row(folder: str, data: Data) -> int:
-    """What a row of the towers that are trained whole costs in memory, seen on this machine."""
-    from conjoin.encoders.footprint import bytes_per_row
-    from conjoin.pipeline.embedder import load
-
-    encoder = load(storage.join(folder, "initial"), device="cpu").encoder
-    return sum(bytes_per_row(encoder.tower(name)) for name in encoder.spec.towers if name not in data.features)
 
 
 def _cause(error: BaseException) -> BaseException:

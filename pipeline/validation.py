@@ -92,7 +92,7 @@ class Validation:
         if key in self._decoded:
             return self._decoded[key]
         data = self._forward.data
-        decoded = Reader(data.source, data.validation, self._raws, 0, augment=False).read(piece, 0)
+        decoded = Reader(data.validation, self._raws, 0, augment=False).read(piece, 0)
         self._room -= sum(value.num_bytes for value in decoded.values())
         if self._room >= 0:
             self._decoded[key] = decoded

@@ -21,6 +21,7 @@ from conjoin.pipeline.checkpoints import Writer
 from conjoin.pipeline.custom import Custom
 from conjoin.pipeline.fit import Callback, Loop
 from conjoin.pipeline.forward import Data, Forward, Place
+from conjoin.pipeline.mixture import Part
 from conjoin.pipeline.order import share
 from conjoin.pipeline.rank import objective
 from conjoin.pipeline.recipe import TrainConfig
@@ -43,14 +44,14 @@ def loop(folder: Path, place: Place, micro: int, callbacks: Sequence[Callback] =
     towers = {"image": TowerOptions(size_px=16, width=8), "text": TowerOptions(width=16, max_tokens=16)}
     encoder = build(towers, 8, TEXTS, recipe.loss).double()
     zeros = np.zeros(NUM_ROWS, np.int64)
-    rows = Selection(("made.parquet",), zeros, zeros, np.arange(NUM_ROWS), np.arange(NUM_ROWS) // 2)
-    none = Selection(rows.files, *[zeros[:0]] * 4)
+    source = SourceConfig(path="made.parquet", id="id", group="group", image="image", text="text")
+    columns = (zeros, zeros, np.arange(NUM_ROWS), np.arange(NUM_ROWS) // 2)
+    rows = Selection((Part(source, "Parquet", (), ()),), ("made.parquet",), (0,), *columns)
     if place.sharded:
         for name in encoder.spec.towers:
             backbone = encoder.tower(name).backbone
             sharded.shard(backbone, list(getattr(backbone, "layers", getattr(backbone, "stages", []))), place.device)
-    source = SourceConfig(path="made.parquet", id="id", group="group", image="image", text="text")
-    forward = Forward(encoder, Data(source, rows, none, {}), recipe, place, micro)
+    forward = Forward(encoder, Data(rows, rows.taken(zeros[:0]), {}), recipe, place, micro)
     found = Loop(encoder, forward, objective(recipe, Custom()), str(folder), callbacks)
     found._resume(f"{folder}/checkpoints")
     return found

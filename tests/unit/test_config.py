@@ -53,6 +53,12 @@ def test_variables_come_from_the_environment(file: Path, monkeypatch: pytest.Mon
         ("sorce", {}, r"sorce: unknown key; did you mean 'source'"),
         ("train.epochs", -1, r"train\.epochs: .*greater than 0"),
         ("train.towers.image.modle", "x", r"train\.towers\.image\.modle: unknown key; did you mean 'model'"),
+        (
+            "train.path",
+            ["a", {"path": "b", "wieght": 2}],
+            r"train\.path\.1\.wieght: unknown key; did you mean 'weight'",
+        ),
+        ("train.path", [{"path": "b", "weight": 0}], r"train\.path\.0\.weight: .*greater than 0"),
         ("table.ann_recall", 2, r"table\.ann_recall: .*less than or equal to 1"),
         ("embed.max_bad_fraction", "many", r"embed\.max_bad_fraction"),
         ("name", "my table", r"name: "),

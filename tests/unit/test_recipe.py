@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from conjoin.encoders.options import TowerOptions, Tuning
-from conjoin.pipeline.recipe import TowerConfig, TrainConfig
+from conjoin.pipeline.recipe import TowerConfig, TrainConfig, TrainPath
 
 
 def test_a_tower_that_the_recipe_does_not_name_has_the_defaults() -> None:
@@ -72,3 +72,20 @@ def test_options_say_how_a_tower_is_made_and_nothing_of_its_tuning() -> None:
 def test_a_dumped_recipe_is_read_again() -> None:
     recipe = TrainConfig.model_validate({"towers": {"text": {"tune": "head"}, "image": {"tune": "last:2"}}})
     assert TrainConfig.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+def test_an_entry_of_path_keeps_null_and_unsaid_apart() -> None:
+    recipe = TrainConfig.model_validate({"path": ["a/", {"path": "b.tar", "weight": 2, "audio": None, "image": "jpg"}]})
+    assert isinstance(recipe.path, list)
+    entry = recipe.path[1]
+    assert isinstance(entry, TrainPath)
+    assert entry.named == {"image": "jpg", "audio": None}
+    assert recipe.model_dump(mode="json")["path"] == ["a/", {"path": "b.tar", "weight": 2, **entry.named}]
+    assert TrainConfig.model_validate_json(recipe.model_dump_json()) == recipe
+    assert TrainConfig.model_validate({"path": {"path": "b.tar"}}).path == TrainPath(path="b.tar")
+
+
+@pytest.mark.parametrize("path", [["a", {"path": "b", "weight": 0}], [{"path": "b", "text": "{x"}], [{"weight": 1}], 3])
+def test_paths_that_are_refused(path: object) -> None:
+    with pytest.raises(ValidationError):
+        TrainConfig.model_validate({"path": path})

@@ -9,10 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from conjoin.pipeline import mixture
 from conjoin.pipeline.errors import ConfigError, SourceError, TrainError
 from conjoin.pipeline.progress import Progress, silent
-from conjoin.pipeline.selection import Selection, select
-from conjoin.pipeline.source import SourceConfig, list_source
+from conjoin.pipeline.recipe import TrainConfig
+from conjoin.pipeline.selection import Selection, ids_of, select
+from conjoin.pipeline.source import SourceConfig
 
 NUM = 400
 
@@ -37,7 +39,13 @@ def config(tmp_path: Path) -> SourceConfig:
 
 
 def chosen(config: SourceConfig, where: str | None = None) -> dict[str, Selection]:
-    return select(config, list_source(config), where, silent)
+    return select(parts(config), where, silent)
+
+
+def parts(config: SourceConfig, path: object = None) -> tuple[mixture.Part, ...]:
+    """One modality is enough to select by."""
+    recipe = TrainConfig.model_validate({"path": path})
+    return mixture.parts(config.model_copy(update={"image": "t"}), recipe)
 
 
 def column(selection: Selection, name: str) -> list[object]:
@@ -90,7 +98,7 @@ def _is_cheap(number: int) -> bool:
 
 def test_progress_counts_the_rows(config: SourceConfig) -> None:
     seen: list[Progress] = []
-    select(config, list_source(config), None, seen.append)
+    select(parts(config), None, seen.append)
     assert [(step.done, step.total) for step in seen][-1] == (NUM, NUM)
 
 
@@ -136,7 +144,66 @@ def test_groups_and_conditions_on_text_that_is_not_utf8(tmp_path: Path) -> None:
 
 
 def test_a_file_that_went_away_is_named(config: SourceConfig, tmp_path: Path) -> None:
-    files = list_source(config)
+    found = parts(config)
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(SourceError, match=r"a file of the source is gone.*a\.parquet"):
-        select(config, files, "price < 3", silent)
+        select(found, "price < 3", silent)
+
+
+@pytest.fixture
+def mixed(config: SourceConfig, tmp_path: Path) -> tuple[mixture.Part, ...]:
+    """The 400 rows, and 300 with columns of their own: 30 of them in groups s0 .. s29, ids 0 .. 299."""
+    numbers = range(300)
+    table = pa.table(
+        {
+            "key": pa.array(numbers),
+            "kind": pa.array([f"s{n}" if n < 30 else None for n in numbers]),
+            "body": ["words"] * 300,
+            "picture": pa.array([b"x"] * 300),
+        }
+    )
+    (tmp_path / "other").mkdir()
+    pq.write_table(table, tmp_path / "other/c.parquet", row_group_size=100)
+    own = {"path": f"{tmp_path}/other/*.parquet", "weight": 0.5, "id": "key", "group": "kind", "text": "{body}!"}
+    return parts(config, [f"{tmp_path}/[ab].parquet", {**own, "image": "picture"}])
+
+
+def test_parts_are_split_alike_and_share_groups(mixed: tuple[mixture.Part, ...]) -> None:
+    found = select(mixed, None, silent)
+    train, validation = found["train"], found["validation"]
+    assert sum(map(len, found.values())) == 700
+    assert (np.diff(train.weights.part_N) >= 0).all()
+    assert train.weights.by_part == (1.0, 0.5)
+    first, second = (set(train.group_N[train.weights.part_N == part].tolist()) for part in (0, 1))
+    ids = ids_of(train, np.arange(len(train)))
+    in_both = {int(key) for key, part in zip(ids, train.weights.part_N, strict=True) if part == 1} & set(range(30))
+    assert len(first & second) == len(in_both) > 5
+    assert not first & set(validation.group_N.tolist())
+    assert len(set(train.weights.part_N[:100].tolist())) == 1
+    share = len(np.flatnonzero(validation.weights.part_N == 1)) / len(validation)
+    assert abs(np.mean(validation.weights.part_N[:20] == 1) - share) < 0.1
+
+
+def test_ids_of_a_part_with_its_own_ids_are_other_things(config: SourceConfig, tmp_path: Path) -> None:
+    plain = config.model_copy(update={"group": None})
+    both = [f"{tmp_path}/a.parquet", {"path": f"{tmp_path}/a.parquet", "id": "id"}]
+    train = select(parts(plain, both), None, silent)["train"]
+    assert len(set(train.group_N.tolist())) == len(train)
+    both = [f"{tmp_path}/a.parquet", {"path": f"{tmp_path}/a.parquet"}]
+    train = select(parts(plain, both), None, silent)["train"]
+    assert len(set(train.group_N.tolist())) == len(train) / 2
+
+
+def test_a_condition_applies_to_parts_that_have_its_columns(mixed: tuple[mixture.Part, ...]) -> None:
+    found = select(mixed, "price < 0", silent)
+    assert sum(map(len, found.values())) == 300
+    with pytest.raises(ConfigError, match=r"unknown column 'body2'.*a\.parquet"):
+        select(mixed, "body2 = 'words'", silent)
+    with pytest.raises(ConfigError, match=r"unknown column 'kind'.*a\.parquet"):
+        select(mixed, "price < 3 OR kind = 's1'", silent)
+
+
+def test_ids_in_the_order_asked_for(mixed: tuple[mixture.Part, ...]) -> None:
+    train = select(mixed, None, silent)["train"]
+    last = len(train) - 1
+    assert ids_of(train, np.array([last, 0, last])) == [ids_of(train, np.array([at]))[0] for at in (last, 0, last)]

@@ -191,3 +191,15 @@ def test_the_endpoint_reaches_lance(monkeypatch: pytest.MonkeyPatch) -> None:
     assert options["aws_endpoint"] == "http://127.0.0.1:1"
     assert options["allow_http"] == "true"
     assert storage.lance_options("/local") == {}
+
+
+def test_what_a_library_writes_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "new/file.bin"
+    with storage.writing(str(target)) as local:
+        Path(local).write_bytes(b"whole")
+        assert not target.exists()
+    assert target.read_bytes() == b"whole"
+    with pytest.raises(ValueError, match="stop"), storage.writing(str(target)) as local:  # noqa: PT012
+        Path(local).write_bytes(b"half")
+        raise ValueError("stop")
+    assert [path.read_bytes() for path in target.parent.iterdir()] == [b"whole"]
