@@ -52,6 +52,7 @@ class Direction:
     """Retrieval of `candidate` by `query`; hit_at by k.
 
     num_queries: those that were asked, of num_distinct that the set has; fewer where they were drawn at random.
+    chance_at: hit_at of an encoder that knows nothing.
     """
 
     query: str
@@ -60,6 +61,7 @@ class Direction:
     num_distinct: int
     num_candidates: int
     hit_at: Mapping[int, Estimate]
+    chance_at: Mapping[int, float]
     median_rank: Estimate
     mrr: Estimate
 
@@ -162,9 +164,18 @@ def _direction(
         num_distinct=len(distinct),
         num_candidates=len(candidates.vectors_ND),
         hit_at={k: metrics.bootstrap(metrics.hit_at(found, k)) for k in KS},
+        chance_at=_chance_at(queries.groups_N[asked], candidates.groups_N),
         median_rank=metrics.bootstrap(metrics.rank(found), np.median),
         mrr=metrics.bootstrap(metrics.reciprocal_rank(found)),
     )
+
+
+def _chance_at(query_groups_Q: NDArray[np.int64], groups_N: NDArray[np.int64]) -> dict[int, float]:
+    """What equal scores for all candidates would earn."""
+    known, counts = np.unique(groups_N, return_counts=True)
+    right_Q = counts[np.searchsorted(known, query_groups_Q)]
+    tied = metrics.Places(np.zeros_like(right_Q), np.full_like(right_Q, len(groups_N)), right_Q)
+    return {k: float(metrics.hit_at(tied, k).mean()) for k in KS}
 
 
 def classify(

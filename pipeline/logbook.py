@@ -16,7 +16,7 @@ from conjoin.pipeline import storage
 from conjoin.pipeline.errors import StorageError
 from conjoin.pipeline.progress import Progress, ShowProgress
 from conjoin.pipeline.recipe import TrainConfig
-from conjoin.pipeline.trackers import TrackedRun, Tracker, open_trackers
+from conjoin.pipeline.trackers import TrackedRun, Tracker, first_line, open_trackers
 
 Figures = Mapping[str, float]
 Drain = Callable[[], Sequence[dict[str, float]]]
@@ -118,7 +118,7 @@ class Log:
             action(self._trackers[name])
         except Exception as error:
             del self._trackers[name]
-            self._troubles[name] = f"{name} is not written any more: {storage.first_line(error)}"
+            self._troubles[name] = f"{name} is not written any more: {first_line(error)}"
 
 
 def _read(uri: str) -> dict[int, Figures]:

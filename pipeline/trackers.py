@@ -102,6 +102,15 @@ def _check_wandb() -> None:
         raise ConfigError("Weights & Biases has no key", next="`wandb login`, or set WANDB_MODE=offline")
 
 
+def first_line(error: Exception) -> str:
+    """What a library says, without the user and password of an address."""
+    return _without_password(storage.first_line(error))
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"(:/{1,2})[^/@\s]+@", r"\1", text)
+
+
 def open_trackers(names: Sequence[TrackerName], run: TrackedRun) -> dict[str, Tracker]:
     """Those that are named, going on where they stopped.
 
@@ -120,10 +129,8 @@ def open_trackers(names: Sequence[TrackerName], run: TrackedRun) -> dict[str, Tr
         except Exception as error:
             for other in opened.values():
                 other.close(False)
-            line = storage.first_line(error)
-            raise ConfigError(
-                f"{name} cannot be opened: {line}", next="Mend it, or take it out of train.log"
-            ) from error
+            what = f"{name} cannot be opened: {first_line(error)}"
+            raise ConfigError(what, next="Mend it, or take it out of train.log") from error
     return opened
 
 
@@ -197,7 +204,7 @@ class Mlflow:
         if not storage.exists(self._kept):
             return None
         kept = storage.read_json(self._kept)
-        if kept["uri"] != self._uri:
+        if kept["uri"] != _without_password(self._uri):
             return None
         try:
             found = self._client.get_run(str(kept["run"]))
@@ -220,7 +227,7 @@ class Mlflow:
         parameters = [Param(key, str(value)[:6000]) for key, value in run.settings.items()]
         for start in range(0, len(parameters), _PARAMETERS_AT_ONCE):
             self._client.log_batch(created, params=parameters[start : start + _PARAMETERS_AT_ONCE])
-        storage.write_json(self._kept, {"uri": self._uri, "run": created})
+        storage.write_json(self._kept, {"uri": _without_password(self._uri), "run": created})
         return created
 
     def _last_step(self) -> int:

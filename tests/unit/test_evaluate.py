@@ -45,6 +45,13 @@ def test_random_vectors_hit_at_chance() -> None:
     sets = {name: Vectors(unit(rng.normal(size=(1000, 8))), ids, ids) for name in ("image", "text")}
     for direction in compare(sets):
         assert direction.hit_at[10].low <= 0.01 <= direction.hit_at[10].high
+        assert direction.chance_at == pytest.approx({1: 0.001, 5: 0.005, 10: 0.01})
+
+
+def test_chance_knows_that_several_candidates_may_be_right(aligned: dict[str, Vectors]) -> None:
+    found = {(d.query, d.candidate): d for d in compare(aligned)}
+    assert found["text", "image"].chance_at[1] == pytest.approx((2 / 6 + 2 / 6 + 1 / 6 + 1 / 6) / 4)
+    assert found["text", "image"].chance_at[5] == pytest.approx((1 + 1 + 5 / 6 + 5 / 6) / 4)
 
 
 @pytest.mark.parametrize(("queries", "asked"), [(100, 100), (0, 300), (301, 300)], ids=["some", "all", "more"])

@@ -189,7 +189,9 @@ def test_mlflow_of_a_bucket_needs_a_server(folder: str, monkeypatch: pytest.Monk
 def test_a_server_that_cannot_be_reached_is_an_error_before_training(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somebody:secret@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(ConfigError, match="mlflow cannot be opened"):
+    with pytest.raises(ConfigError, match="mlflow cannot be opened") as raised:
         open_trackers(["mlflow"], tracked(folder))
+    assert "127.0.0.1" in str(raised.value)
+    assert "secret" not in str(raised.value)
