@@ -172,6 +172,9 @@ def evaluate(
     where: Annotated[str | None, typer.Option(help="SQL condition on the published table: rows to evaluate")] = None,
     classify: Annotated[str | None, typer.Option(help="zero-shot: the column of classes")] = None,
     template: Annotated[list[str], typer.Option(help="prompt for a class, {} is its name; repeatable")] = ["a {}"],  # noqa: B006
+    queries: Annotated[
+        int, typer.Option(min=0, help="at most so many queries in each direction, drawn at random; 0: all")
+    ] = 20_000,
     set_: Set = [],  # noqa: B006
     date: Date = None,
     as_json: Json = False,
@@ -180,10 +183,12 @@ def evaluate(
     from conjoin.jobs.progress import Screen
     from conjoin.jobs.render import evaluation
     from conjoin.jobs.tasks import evaluate as task
+    from conjoin.pipeline.evaluate import Classes
 
+    classes = Classes(classify, tuple(template)) if classify else None
     with Screen() as screen:
         config = _read(file, set_, date)
-        found = task(config, split, where, classify=classify, templates=template, progress=screen.show)
+        found = task(config, split, where, classify=classes, queries=queries, progress=screen.show)
     print(json.dumps(found.to_json(), indent=1) if as_json else evaluation(found))
 
 

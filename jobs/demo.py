@@ -206,12 +206,12 @@ class _Scores:
 
 
 def _scores(config: RunFile) -> _Scores:
-    from conjoin.pipeline.evaluate import Classes, evaluate_table
+    from conjoin.pipeline.evaluate import Classes, Measure, evaluate_table
 
-    classes = Classes("category", ("an emoji of {}", "{}"))
+    measure = Measure(classes=Classes("category", ("an emoji of {}", "{}")))
     return _Scores(
-        evaluate_table(config.table.path, "part = 'seen'", group="caption", classes=classes),
-        evaluate_table(config.table.path, "part = 'unseen'", group="caption", classes=classes),
+        evaluate_table(config.table.path, "part = 'seen'", group="caption", measure=measure),
+        evaluate_table(config.table.path, "part = 'unseen'", group="caption", measure=measure),
     )
 
 

@@ -149,21 +149,30 @@ def _cell(value: object) -> str:
 
 
 def evaluation(found: Evaluation) -> str:
-    """Retrieval by direction and zero-shot accuracy, with 95 % intervals."""
-    lines = [
-        f"{found.name}",
-        f"{'direction':<16}{'queries':>9}  {'hit@1':<18}{'hit@5':<18}{'hit@10':<18}{'median rank':<13}MRR",
-    ]
+    """Retrieval by direction and zero-shot accuracy, with 95 % intervals and what chance would earn."""
+    from conjoin.pipeline.evaluate import KS
+
+    heads = [*(f"hit@{k}" for k in KS), f"hit@{KS[-1]} by chance", "median rank", "MRR"]
+    lines = [found.name, f"{'direction':<16}{'queries':>9}{'candidates':>12}  " + "".join(f"{h:<18}" for h in heads)]
     for one in found.directions:
-        hits = "".join(f"{_interval(one.hit_at[k]):<18}" for k in (1, 5, 10))
-        name = f"{one.query} -> {one.candidate}"
-        lines.append(f"{name:<16}{one.num_queries:>9,}  {hits}{one.median_rank.value:<13.0f}{_interval(one.mrr)}")
+        figures = [
+            *(_interval(one.hit_at[k]) for k in KS),
+            f"{one.chance_at[KS[-1]]:.2g}",
+            f"{one.median_rank.value:,g}",
+            _interval(one.mrr),
+        ]
+        name, queries = f"{one.query} -> {one.candidate}", f"{one.num_queries:,}"
+        lines.append(f"{name:<16}{queries:>9}{one.num_candidates:>12,}  " + "".join(f"{text:<18}" for text in figures))
+    drawn = [one for one in found.directions if one.num_queries < one.num_distinct]
+    if drawn:
+        what = ", ".join(f"{one.num_queries:,} of {one.num_distinct:,} {one.query} queries" for one in drawn)
+        lines.append(f"drawn at random: {what} (--queries 0 asks all)")
     if (zero := found.zero_shot) is not None:
         lines.append(
             f"zero-shot {zero.column} of {zero.modality}: {_interval(zero.accuracy)} of {zero.num_rows:,} rows, "
             f"{zero.num_classes} classes (chance {zero.chance.uniform:.2f}, the largest {zero.chance.majority:.2f})"
         )
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _interval(found: Estimate) -> str:

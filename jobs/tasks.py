@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 from conjoin.jobs.stopping import stoppable
-from conjoin.pipeline.errors import ConfigError
+from conjoin.pipeline.errors import ConfigError, Interrupted
 from conjoin.pipeline.progress import ShowProgress, silent
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from conjoin.encoders.objective import PairLoss
     from conjoin.jobs.config import RunFile
-    from conjoin.pipeline.evaluate import Evaluation
+    from conjoin.pipeline.evaluate import Classes, Evaluation
     from conjoin.pipeline.fit import Callback
     from conjoin.pipeline.train import TrainReport
 
@@ -54,26 +54,34 @@ def evaluate(
     split: str | None = None,
     where: str | None = None,
     *,
-    classify: str | None = None,
-    templates: Sequence[str] = ("a {}",),
+    classify: str | Classes | None = None,
+    queries: int | None = None,
     progress: ShowProgress = silent,
 ) -> Evaluation:
-    """A split of the source embedded now (`validation`, `test`), or the published table's rows.
+    """A split of the source embedded now on Ray (`validation`, `test`), or the published table's rows.
 
-    classify: a column whose values are zero-shot classes, put into the prompt templates.
+    classify: a column whose values are zero-shot classes, or Classes with prompt templates. queries: at most so many
+    in each direction, drawn at random; 0: all; default: evaluate.MAX_QUERIES.
 
     Raises ConfigError when both or an unknown split are named, or no encoder is.
     """
-    from conjoin.pipeline.evaluate import Classes, evaluate_split, evaluate_table
+    from conjoin.pipeline.catalog import Catalog
+    from conjoin.pipeline.evaluate import MAX_QUERIES, Classes, Measure, evaluate_split, evaluate_table
 
-    wanted = Classes(classify, tuple(templates)) if classify else None
+    classes = Classes(classify) if isinstance(classify, str) else classify
+    measure = Measure(MAX_QUERIES if queries is None else queries, classes, config.cluster.address)
     if split is None:
-        return evaluate_table(config.table.path, where, group=config.source.group, classes=wanted)
+        return evaluate_table(config.table.path, where, group=config.source.group, measure=measure, progress=progress)
     if where is not None or split not in ("validation", "test"):
         raise ConfigError("--split is validation or test, and goes without --where", next="--where is for the table")
     if config.encoder is None:
         raise ConfigError("the run file names no encoder", next="`conjoin train` makes one; then set `encoder:`")
-    return evaluate_split(config.source, config.encoder, split, classes=wanted, progress=progress)
+    catalog = Catalog(config.name, config.source, config.encoder, config.table, config.embed).absolute()
+    with stoppable():
+        try:
+            return evaluate_split(catalog, split, measure=measure, progress=progress)
+        except KeyboardInterrupt:
+            raise Interrupted("evaluation stopped", next="The same command starts it over") from None
 
 
 def history_rows(uri: str) -> pa.Table:

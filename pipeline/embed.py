@@ -11,12 +11,12 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from conjoin.pipeline import storage
-from conjoin.pipeline.errors import ConjoinError, SourceError
+from conjoin.pipeline.errors import SourceError
 from conjoin.pipeline.progress import Progress, ShowProgress, silent
 from conjoin.pipeline.runs import run_directory
 from conjoin.pipeline.section import Section
@@ -169,28 +169,9 @@ def _run_units(
             yield from done.iter_rows()
             return
         except ray.exceptions.RayError as error:
-            failure = _cause(error, catalog)
+            advice = "Give it more memory or lower embed.actors; the same command resumes"
+            failure = workers.failure(error, "an embedding worker died", where=catalog.table.path, next=advice)
     # Ray Data lets go of actors and their CPUs when its executor is collected; frames of its errors hold that back,
     # and the next night of this process would wait for CPUs.
     gc.collect()
     raise failure
-
-
-def _cause(error: Exception, catalog: Catalog) -> Exception:
-    """The error of ours inside Ray's, or what Ray says when a worker died."""
-    from ray.exceptions import RayTaskError
-
-    inner: object = error
-    while isinstance(inner, RayTaskError) and isinstance(inner.cause, Exception):
-        if isinstance(inner.cause, ConjoinError):
-            inner.cause.add_note(str(error))
-            return inner.cause
-        inner = inner.cause
-    if isinstance(error, RayTaskError):
-        return cast(Exception, error)
-    first_line = (str(error).splitlines() or [type(error).__name__])[0]
-    return ConjoinError(
-        f"an embedding worker died: {first_line}",
-        where=catalog.table.path,
-        next="Give it more memory or lower embed.actors; the same command resumes",
-    )

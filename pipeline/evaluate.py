@@ -6,7 +6,7 @@ contents of the query's modality are one query, so that a caption that five pict
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import permutations
 from typing import TYPE_CHECKING, cast
@@ -18,18 +18,19 @@ from conjoin.encoders.spec import Json
 from conjoin.pipeline import metrics
 from conjoin.pipeline.errors import ConfigError, SourceError, TableError
 from conjoin.pipeline.metrics import Chance, Estimate
-from conjoin.pipeline.progress import Progress, ShowProgress, silent
+from conjoin.pipeline.progress import ShowProgress, silent
+from conjoin.pipeline.ranking import Side, ranked
 
 if TYPE_CHECKING:
     import lance
     import pyarrow as pa
 
+    from conjoin.pipeline.catalog import Catalog
     from conjoin.pipeline.embedder import Embedder
-    from conjoin.pipeline.source import SourceConfig
     from conjoin.pipeline.store import VectorColumn
 
 KS = (1, 5, 10)
-_MAX_QUERIES = 20_000
+MAX_QUERIES = 20_000
 _CLASSIFIED = ("image", "audio", "text")
 _MAX_CLASSES = 10_000
 
@@ -48,13 +49,19 @@ class Vectors:
 
 @dataclass(frozen=True, slots=True)
 class Direction:
-    """Retrieval of `candidate` by `query`; hit_at by k."""
+    """Retrieval of `candidate` by `query`; hit_at by k.
+
+    num_queries: those that were asked, of num_distinct that the set has; fewer where they were drawn at random.
+    chance_at: hit_at of an encoder that knows nothing.
+    """
 
     query: str
     candidate: str
     num_queries: int
+    num_distinct: int
     num_candidates: int
     hit_at: Mapping[int, Estimate]
+    chance_at: Mapping[int, float]
     median_rank: Estimate
     mrr: Estimate
 
@@ -106,32 +113,69 @@ class Classes:
                 )
 
 
-def compare(sets: Mapping[str, Vectors]) -> tuple[Direction, ...]:
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """How to measure. queries: at most so many in each direction, drawn at random with a fixed seed; 0: all.
+
+    classes: zero-shot classification too. address: of the Ray cluster that works; default: this machine.
+    """
+
+    queries: int = MAX_QUERIES
+    classes: Classes | None = None
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.queries < 0:
+            raise ConfigError(f"{self.queries} queries cannot be asked", next="Name a number, or 0 for all")
+
+
+def compare(
+    sets: Mapping[str, Vectors],
+    measure: Measure = Measure(),
+    progress: ShowProgress = silent,
+) -> tuple[Direction, ...]:
     """Both directions of every pair of modalities that have vectors; queries without a right candidate are left out."""
     return tuple(
-        _direction(query, candidate, sets[query], sets[candidate])
+        _direction((query, candidate), sets, measure, progress)
         for query, candidate in permutations(sets, 2)
         if np.isin(sets[query].groups_N, sets[candidate].groups_N).any()
     )
 
 
-def _direction(query: str, candidate: str, queries: Vectors, candidates: Vectors) -> Direction:
+def _direction(
+    pair: tuple[str, str], sets: Mapping[str, Vectors], measure: Measure, progress: ShowProgress
+) -> Direction:
+    queries, candidates = sets[pair[0]], sets[pair[1]]
     _, first = np.unique(queries.contents_N, return_index=True)
-    asked = np.sort(first)[np.isin(queries.groups_N[np.sort(first)], candidates.groups_N)]
-    if len(asked) > _MAX_QUERIES:
-        asked = np.sort(np.random.default_rng(0).choice(asked, _MAX_QUERIES, replace=False))
-    found = metrics.retrieval(
-        queries.vectors_ND[asked], candidates.vectors_ND, queries.groups_N[asked], candidates.groups_N
+    distinct = np.sort(first)[np.isin(queries.groups_N[np.sort(first)], candidates.groups_N)]
+    asked = distinct
+    if 0 < measure.queries < len(distinct):
+        asked = np.sort(np.random.default_rng(0).choice(distinct, measure.queries, replace=False))
+    found = ranked(
+        Side(queries.vectors_ND[asked], queries.groups_N[asked]),
+        Side(candidates.vectors_ND, candidates.groups_N),
+        address=measure.address,
+        progress=progress,
     )
     return Direction(
-        query=query,
-        candidate=candidate,
+        query=pair[0],
+        candidate=pair[1],
         num_queries=len(found),
+        num_distinct=len(distinct),
         num_candidates=len(candidates.vectors_ND),
         hit_at={k: metrics.bootstrap(metrics.hit_at(found, k)) for k in KS},
+        chance_at=_chance_at(queries.groups_N[asked], candidates.groups_N),
         median_rank=metrics.bootstrap(metrics.rank(found), np.median),
         mrr=metrics.bootstrap(metrics.reciprocal_rank(found)),
     )
+
+
+def _chance_at(query_groups_Q: NDArray[np.int64], groups_N: NDArray[np.int64]) -> dict[int, float]:
+    """What equal scores for all candidates would earn."""
+    known, counts = np.unique(groups_N, return_counts=True)
+    right_Q = counts[np.searchsorted(known, query_groups_Q)]
+    tied = metrics.Places(np.zeros_like(right_Q), np.full_like(right_Q, len(groups_N)), right_Q)
+    return {k: float(metrics.hit_at(tied, k).mean()) for k in KS}
 
 
 def classify(
@@ -149,7 +193,7 @@ def classify(
     classes_CD /= np.linalg.norm(classes_CD, axis=1, keepdims=True)
     codes = {name: code for code, name in enumerate(names)}
     labels_N = np.array([codes[label] for label in labels])
-    right_N = metrics.top_class(vectors_ND @ classes_CD.T) == labels_N
+    right_N = metrics.nearest_class(vectors_ND, classes_CD) == labels_N
     accuracy = metrics.bootstrap(right_N.astype(float))
     return ZeroShot(
         classes.column,
@@ -167,16 +211,17 @@ def evaluate_table(
     where: str | None = None,
     *,
     group: str | None = None,
-    classes: Classes | None = None,
+    measure: Measure = Measure(),
     version: str | int = "live",
+    progress: ShowProgress = silent,
 ) -> Evaluation:
-    """The stored vectors of a table's rows; `group` counts where the table keeps that column.
+    """The stored vectors of a table's rows; `group` counts where the table keeps that column. Starts Ray if large.
 
     Raises TableError for an unknown column, a bad condition or no rows.
     """
     from conjoin.pipeline.store import open_version, vector_columns
 
-    dataset = open_version(uri, version)
+    classes, dataset = measure.classes, open_version(uri, version)
     columns = vector_columns(dataset)
     names = set(dataset.schema.names)
     if classes and classes.column not in names:
@@ -187,7 +232,7 @@ def evaluate_table(
     groups = _groups(rows, group if group in names else None)
     sets = {column.modality: _vectors(rows, column.modality, groups) for column in columns.values()}
     zero_shot = _classify_rows(rows, _loader(columns), classes, classes.column) if classes else None
-    return Evaluation(where or "all rows", compare(sets), zero_shot)
+    return Evaluation(where or "all rows", compare(sets, measure, progress), zero_shot)
 
 
 def _loader(columns: Mapping[str, VectorColumn]) -> Embedder:
@@ -259,62 +304,27 @@ def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
 
 
 def evaluate_split(
-    source: SourceConfig, encoder: str, split: str, *, classes: Classes | None = None, progress: ShowProgress = silent
+    catalog: Catalog,
+    split: str,
+    *,
+    measure: Measure = Measure(),
+    progress: ShowProgress = silent,
 ) -> Evaluation:
-    """The rows of the source's validation or test split, embedded now, in this process.
+    """The rows of the source's validation or test split, embedded now, on Ray.
 
     Raises SourceError when the split has no rows, EncoderError when the encoder cannot be loaded.
     """
-    import pyarrow as pa
-
     from conjoin.pipeline.embedder import load
+    from conjoin.pipeline.held_out import HeldOut, embedded
 
-    embedder = load(encoder)
-    parts = [part for part in _split_parts(source, embedder, split, classes, progress) if part.num_rows]
-    if not parts:
+    classes, source = measure.classes, catalog.source
+    wanted = HeldOut(catalog, split, classes.column if classes else None)
+    rows = embedded(wanted, address=measure.address, progress=progress)
+    if rows is None:
         raise SourceError(
             f"the {split} split has no rows", where=str(source.path), next="Raise source.split in the run file"
         )
-    rows = pa.concat_tables(parts)
     modalities = [name for name in source.modalities if f"{name}_vec" in rows.column_names]
     sets = {name: _vectors(rows, name, _codes(rows["group"])) for name in modalities}
-    zero_shot = _classify_rows(rows, embedder, classes, "label") if classes else None
-    return Evaluation(f"{split} split", compare(sets), zero_shot)
-
-
-def _split_parts(
-    source: SourceConfig, embedder: Embedder, split: str, classes: Classes | None, progress: ShowProgress
-) -> Iterator[pa.Table]:
-    """Rows of the split, a row group at a time: group, label, <modality>_vec and <modality>_hash."""
-    from conjoin.pipeline.source import all_columns, group_values, list_source, read_rows, split_of
-
-    files = list_source(source)
-    names = [*all_columns(source), *([classes.column] if classes else [])]
-    total, done = sum(file.num_rows for file in files), 0
-    for file in files:
-        for number in range(len(file.row_groups)):
-            rows = read_rows(source, file.path, number, names)
-            done += rows.num_rows
-            chosen = rows.filter(split_of(group_values(source, rows), source.split) == split)
-            yield _embedded(source, embedder, chosen, classes)
-            progress(Progress("evaluate", done, total))
-
-
-def _embedded(source: SourceConfig, embedder: Embedder, rows: pa.Table, classes: Classes | None) -> pa.Table:
-    import pyarrow as pa
-
-    from conjoin.pipeline.source import content_hashes, group_values, python_values, values_of
-
-    columns: dict[str, pa.Array] = {"group": group_values(source, rows).cast(pa.string())}
-    if classes:
-        columns["label"] = rows[classes.column].cast(pa.string())
-    for modality in source.modalities:
-        if modality in embedder.spec.towers:
-            values = values_of(source, rows, modality)
-            found = embedder.embed(modality, python_values(values))
-            flat = pa.array(found.vectors.ravel(), pa.float32())
-            columns[f"{modality}_vec"] = pa.FixedSizeListArray.from_arrays(
-                flat, embedder.spec.dim, mask=pa.array(~found.present)
-            )
-            columns[f"{modality}_hash"] = content_hashes(values)
-    return pa.table(columns)
+    zero_shot = _classify_rows(rows, load(catalog.encoder), classes, "label") if classes else None
+    return Evaluation(f"{split} split", compare(sets, measure, progress), zero_shot)

@@ -6,7 +6,7 @@ one right candidate among the first k.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.floating]
 Counts = NDArray[np.int64]
-_SCORES_AT_ONCE = 1 << 25  # 128 MB of float32: a block of queries against all candidates, never Q x N
+# A tile of 256 x 4,096 float32 scores is 4 MB: it stays in the cache while it is compared and counted.
+QUERIES_AT_ONCE, _CANDIDATES_AT_ONCE = 256, 4096
+_SCORES_AT_ONCE = QUERIES_AT_ONCE * _CANDIDATES_AT_ONCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +55,99 @@ def places(scores_QN: Floats, right_QN: NDArray[np.bool_]) -> Places:
     return Places((scores_QN > best_Q1).sum(1), tied_QN.sum(1), (tied_QN & right_QN).sum(1))
 
 
-def retrieval(
-    queries_QD: Floats, candidates_ND: Floats, query_groups_Q: NDArray[np.int64], groups_N: NDArray[np.int64]
-) -> Places:
-    """Places of unit vectors by dot product; a candidate is right if its group is the query's. In blocks of queries."""
-    step = max(1, _SCORES_AT_ONCE // max(1, len(candidates_ND)))
-    blocks = [
-        places(queries_QD[i : i + step] @ candidates_ND.T, query_groups_Q[i : i + step, None] == groups_N[None, :])
-        for i in range(0, len(queries_QD), step)
-    ]
-    if not blocks:
+def retrieval(queries_QD: Floats, candidates_ND: Floats, query_groups_Q: Counts, groups_N: Counts) -> Places:
+    """Places of unit vectors by dot product; a candidate is right if its group is the query's.
+
+    In tiles of at most QUERIES_AT_ONCE x 4,096 scores, whatever Q and N. Queries and candidates that come in the order
+    of their groups are not copied; then any cut at a multiple of QUERIES_AT_ONCE gives the same counts, bit for bit.
+    Raises ValueError for no queries, a query without a right candidate, or NaN.
+    """
+    _check_rankable(queries_QD, candidates_ND, query_groups_Q, groups_N)
+    order_Q, order_N = group_order(query_groups_Q), group_order(groups_N)
+    if order_Q is not None:
+        queries_QD, query_groups_Q = queries_QD[order_Q], query_groups_Q[order_Q]
+    if order_N is not None:
+        candidates_ND, groups_N = candidates_ND[order_N], groups_N[order_N]
+    counts_Q3 = np.zeros((len(queries_QD), 3), dtype=np.int64)
+    for start in range(0, len(queries_QD), QUERIES_AT_ONCE):
+        some = slice(start, start + QUERIES_AT_ONCE)
+        block = _Block(queries_QD[some], query_groups_Q[some], candidates_ND, groups_N)
+        counts_Q3[some if order_Q is None else order_Q[some]] = block.counts()
+    return Places(*counts_Q3.T)
+
+
+def group_order(groups_N: Counts) -> Counts | None:
+    """The stable order that brings equal groups together, ascending; None if they are in it."""
+    return None if (groups_N[:-1] <= groups_N[1:]).all() else np.argsort(groups_N, kind="stable")
+
+
+def _check_rankable(queries_QD: Floats, candidates_ND: Floats, query_groups_Q: Counts, groups_N: Counts) -> None:
+    if not len(queries_QD):
         raise ValueError("no queries")
-    return Places(
-        np.concatenate([block.above_Q for block in blocks]),
-        np.concatenate([block.tied_Q for block in blocks]),
-        np.concatenate([block.right_Q for block in blocks]),
-    )
+    if np.isnan(queries_QD).any() or np.isnan(candidates_ND).any():
+        raise ValueError("vectors hold NaN")
+    lost_Q = ~np.isin(query_groups_Q, groups_N)
+    if lost_Q.any():
+        raise ValueError(f"query {int(lost_Q.argmax())} has no right candidate")
+
+
+class _Block:
+    """A block of queries against all candidates, both in the order of their groups, a tile of scores at a time.
+
+    The tiles that hold right candidates are few, since equal groups lie together: they are scored once for the best
+    right score, and again, to the same bits, when everything is counted against it.
+    """
+
+    def __init__(self, queries_QD: Floats, query_groups_Q: Counts, candidates_ND: Floats, groups_N: Counts) -> None:
+        self._queries_QD, self._query_groups_Q1 = queries_QD, query_groups_Q[:, None]
+        self._candidates_ND, self._groups_N = candidates_ND, groups_N
+        self._first = int(np.searchsorted(groups_N, query_groups_Q[0], "left"))
+        self._past = int(np.searchsorted(groups_N, query_groups_Q[-1], "right"))
+        self._tiles = [slice(at, at + _CANDIDATES_AT_ONCE) for at in range(0, len(groups_N), _CANDIDATES_AT_ONCE)]
+        kind = np.result_type(queries_QD, candidates_ND)
+        self._room = np.empty(len(queries_QD) * min(_CANDIDATES_AT_ONCE, len(groups_N)), kind)
+
+    def counts(self) -> Counts:
+        """(Q, 3): above, tied, and the right ones among the tied."""
+        num_queries = len(self._queries_QD)
+        best_Q1 = np.full((num_queries, 1), -np.inf)
+        for tile in filter(self._may_be_right, self._tiles):
+            scores_QT = self._scores(tile)
+            best_Q1 = np.maximum(best_Q1, scores_QT.max(1, where=self._right(tile), initial=-np.inf, keepdims=True))
+        counts_Q3 = np.zeros((num_queries, 3), dtype=np.int64)
+        best_Q1 = best_Q1.astype(self._room.dtype)
+        for tile in self._tiles:
+            scores_QT = self._scores(tile)
+            tied_QT = scores_QT == best_Q1
+            counts_Q3[:, 0] += _count(scores_QT > best_Q1)
+            counts_Q3[:, 1] += _count(tied_QT)
+            if self._may_be_right(tile):
+                counts_Q3[:, 2] += _count(tied_QT & self._right(tile))
+        return counts_Q3
+
+    def _may_be_right(self, tile: slice) -> bool:
+        return tile.start < self._past and tile.stop > self._first
+
+    def _right(self, tile: slice) -> NDArray[np.bool_]:
+        return self._query_groups_Q1 == self._groups_N[tile][None, :]
+
+    def _scores(self, tile: slice) -> Floats:
+        some_TD = self._candidates_ND[tile]
+        shape = (len(self._queries_QD), len(some_TD))
+        return np.matmul(self._queries_QD, some_TD.T, out=self._room[: shape[0] * shape[1]].reshape(shape))
+
+
+def _count(which_QT: NDArray[np.bool_]) -> Counts:
+    """Per row; five times as fast as numpy's own sum along an axis."""
+    return np.array([np.count_nonzero(row_T) for row_T in which_QT], dtype=np.int64)
+
+
+def hits(
+    queries_QD: Floats, candidates_ND: Floats, query_groups_Q: Counts, groups_N: Counts, ks: Sequence[int] = (1, 5, 10)
+) -> dict[int, Floats]:
+    """hit@k of every query, {k: (Q,)}, by `retrieval`: its mean is the figure, and shards of queries concatenate."""
+    found = retrieval(queries_QD, candidates_ND, query_groups_Q, groups_N)
+    return {k: hit_at(found, k) for k in ks}
 
 
 def hit_at(found: Places, k: int) -> Floats:
@@ -106,9 +185,11 @@ def bootstrap(values_Q: Floats, of: Callable[..., Floats] = np.mean, *, seed: in
     return Estimate(float(of(values_Q, axis=0)), float(low), float(high))
 
 
-def top_class(scores_NC: Floats) -> Counts:
-    """(N,) the class of the highest score; the first of equals."""
-    return scores_NC.argmax(axis=1)
+def nearest_class(vectors_ND: Floats, classes_CD: Floats) -> Counts:
+    """(N,) the class of the highest dot product, the first of equals; in blocks of rows."""
+    step = max(1, _SCORES_AT_ONCE // len(classes_CD))
+    blocks = [(vectors_ND[at : at + step] @ classes_CD.T).argmax(axis=1) for at in range(0, len(vectors_ND), step)]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *blocks])
 
 
 @dataclass(frozen=True, slots=True)

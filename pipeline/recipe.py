@@ -17,13 +17,15 @@ from conjoin.pipeline.section import Section
 # What these say changes nothing about the weights that come out.
 BESIDE_THE_POINT = {
     *("output", "workers", "min_workers", "parallel", "micro_batch_size", "gradient_checkpointing"),
-    *("validate_every", "validation_rows", "checkpoint_every_s"),
+    *("validate_every", "validation_rows", "checkpoint_every_s", "log"),
 }
 _OPTIONS = {field.name for field in fields(TowerOptions)} - {"seed"}
 _TUNE = r"^(all|head|lora|last:[1-9][0-9]*)$"
 
 # What an entry of `path` may name for itself.
 COLUMNS = ("id", "group", "image", "text", "audio")
+
+TrackerName = Literal["tensorboard", "mlflow", "wandb"]
 
 
 class TowerConfig(Section):
@@ -156,6 +158,9 @@ class TrainConfig(Section):
     compile: bool = Field(False, description="compile backbones that learn; steps get faster after slow first ones")
     validate_every: Literal["epoch"] | int = Field("epoch", description="steps between validations")
     validation_rows: int = Field(2048, ge=2, description="at most so many of the validation split")
+    log: list[TrackerName] = Field(
+        default_factory=list, description="where figures go besides log.jsonl: tensorboard, mlflow, wandb"
+    )
     checkpoint_every_s: float = Field(30, ge=0, description="at the next validation after so many seconds; 0: at each")
 
     @field_validator("pairs")

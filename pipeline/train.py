@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
-from conjoin.pipeline import storage
+from conjoin.pipeline import storage, trackers
 from conjoin.pipeline.custom import Custom
 from conjoin.pipeline.errors import ConfigError, EncoderError, Interrupted, TrainError
+from conjoin.pipeline.logbook import Log
 from conjoin.pipeline.progress import Progress, ShowProgress, silent
 from conjoin.pipeline.recipe import BESIDE_THE_POINT, TrainConfig
 from conjoin.pipeline.symptoms import symptom
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from conjoin.pipeline.source import SourceConfig
 
 _TOKENIZER_CAPTIONS = 200_000
-_SHOWN = ("loss", "samples_per_s")
-_POLL_S = 0.5
-_LOG_EVERY_S = 5.0
 # Of lost workers, each of which costs a start of Ray Train and the steps since the last checkpoint.
 _MAX_FAILURES = 8
 
@@ -93,6 +91,7 @@ def train(
     if storage.exists(storage.join(folder, "report.json")):
         raw = storage.read_json(storage.join(folder, "report.json"))
         return TrainReport(**{key: value for key, value in raw.items() if key != "format"})  # type: ignore[arg-type]
+    trackers.check(recipe.log, folder)
     storage.write_json(storage.join(folder, "train.json"), _description(source, recipe, parts))
     initial = storage.join(folder, "initial")
     try:
@@ -104,10 +103,11 @@ def train(
         features = _features(recipe, rows, initial, progress)
         data = _data(rows, features)
         ahead = _look(data, recipe, folder, progress)
-        figures = _fit(data, recipe, folder, custom, ahead.bytes_per_row, progress)
+        log = _fit(data, recipe, folder, custom, ahead.bytes_per_row, progress)
     except KeyboardInterrupt:
         raise Interrupted("training stopped", where=folder, next="The same command goes on where it stopped") from None
-    return _finish(folder, len(data.train), figures, symptom(figures, recipe.loss), time.monotonic() - started)
+    warning = "; ".join(filter(None, (symptom(log.last, recipe.loss), log.trouble)))
+    return _finish(folder, len(data.train), log.last, warning, time.monotonic() - started)
 
 
 def _digest(source: SourceConfig, recipe: TrainConfig, parts: Sequence[Part], custom: Custom) -> str:
@@ -192,8 +192,8 @@ def _look(data: Data, recipe: TrainConfig, folder: str, progress: ShowProgress) 
 
 def _fit(
     data: Data, recipe: TrainConfig, folder: str, custom: Custom, bytes_per_row: int, progress: ShowProgress
-) -> dict[str, float]:
-    """Run the loop on the workers; returns the last record's figures."""
+) -> Log:
+    """Run the loop on the workers; returns what it said."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -201,7 +201,8 @@ def _fit(
     from conjoin.pipeline.rank import Job, Sink, work
 
     sink = ray.remote(num_cpus=0)(Sink).remote()
-    log = _Log(folder, sink, lambda figures: symptom(figures, recipe.loss), progress)
+    warn = partial(symptom, loss=recipe.loss)
+    log = Log(folder, lambda: ray.get(sink.drain.remote()), recipe, progress, warn)
     gpu = ray.cluster_resources().get("GPU", 0) >= (recipe.min_workers or recipe.workers)
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // recipe.workers)
     job = Job(ray.put(data), recipe, folder, sink, cpus, bytes_per_row, custom)
@@ -222,7 +223,7 @@ def _fit(
             raise _cause(error) from error
         if failed := ray.get(sink.failed.remote()):
             raise failed
-    return log.last
+    return log
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -235,49 +236,6 @@ def _cause(error: BaseException) -> BaseException:
                 return inner
         seen = seen.__cause__ or seen.__context__
     return TrainError(f"a training worker failed: {str(error).strip().splitlines()[-1]}")
-
-
-class _Log:
-    """Drains the sink in the background: `log.jsonl`, and progress for who watches."""
-
-    def __init__(
-        self, folder: str, sink: Any, warn: Callable[[Mapping[str, float]], str], progress: ShowProgress
-    ) -> None:
-        self._uri, self._sink, self._progress = storage.join(folder, "log.jsonl"), sink, progress
-        self._warn = warn
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self.last: dict[str, float] = {}
-        self._lines: dict[int, str] = {}
-        self._written_at = time.monotonic()
-
-    def __enter__(self) -> _Log:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._drain()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(_POLL_S):
-            self._drain()
-
-    def _drain(self) -> None:
-        import ray
-
-        records = ray.get(self._sink.drain.remote())
-        for record in records:
-            self._lines[int(record["step"])] = json.dumps(record)
-            self.last |= record
-            facts: dict[str, float | str] = {n: v for n, v in self.last.items() if n in _SHOWN or "_hit" in n}
-            if warning := self._warn(self.last):
-                facts["warning"] = warning
-            self._progress(Progress("train", record["step"], record["total"], "steps", facts))
-        if self._lines and (self._stop.is_set() or time.monotonic() - self._written_at >= _LOG_EVERY_S):
-            self._written_at = time.monotonic()
-            storage.write_bytes(self._uri, "".join(f"{line}\n" for _, line in sorted(self._lines.items())).encode())
 
 
 def _finish(folder: str, rows: int, figures: Mapping[str, float], warning: str, seconds: float) -> TrainReport:

@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from conjoin.pipeline.errors import ConjoinError
+
 # Page faults of freed and re-mapped tensors eat up to half of the CPU time of convolution batches; glibc reads
 # these before Python starts, so they can only be given to worker processes.
 MALLOC_ENV = {
@@ -87,3 +89,19 @@ def num_gpus() -> int:
     import ray
 
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def failure(error: Exception, what: str, *, where: str = "", next: str = "") -> Exception:  # noqa: A002
+    """Our own error inside Ray's, else what a task raised; `what` and Ray's first line if its process died."""
+    from ray.exceptions import RayTaskError
+
+    inner: object = error
+    while isinstance(inner, RayTaskError) and isinstance(inner.cause, Exception):
+        if isinstance(inner.cause, ConjoinError):
+            inner.cause.add_note(str(error))
+            return inner.cause
+        inner = inner.cause
+    if isinstance(error, RayTaskError):
+        return error
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    return ConjoinError(f"{what}: {first_line}", where=where, next=next)

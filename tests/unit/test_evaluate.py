@@ -8,7 +8,7 @@ import pytest
 
 from conjoin.pipeline import evaluate
 from conjoin.pipeline.errors import ConfigError, TableError
-from conjoin.pipeline.evaluate import Classes, Vectors, compare
+from conjoin.pipeline.evaluate import Classes, Measure, Vectors, compare
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -45,6 +45,24 @@ def test_random_vectors_hit_at_chance() -> None:
     sets = {name: Vectors(unit(rng.normal(size=(1000, 8))), ids, ids) for name in ("image", "text")}
     for direction in compare(sets):
         assert direction.hit_at[10].low <= 0.01 <= direction.hit_at[10].high
+        assert direction.chance_at == pytest.approx({1: 0.001, 5: 0.005, 10: 0.01})
+
+
+def test_chance_knows_that_several_candidates_may_be_right(aligned: dict[str, Vectors]) -> None:
+    found = {(d.query, d.candidate): d for d in compare(aligned)}
+    assert found["text", "image"].chance_at[1] == pytest.approx((2 / 6 + 2 / 6 + 1 / 6 + 1 / 6) / 4)
+    assert found["text", "image"].chance_at[5] == pytest.approx((1 + 1 + 5 / 6 + 5 / 6) / 4)
+
+
+@pytest.mark.parametrize(("queries", "asked"), [(100, 100), (0, 300), (301, 300)], ids=["some", "all", "more"])
+def test_queries_beyond_the_wanted_number_are_drawn_and_said(queries: int, asked: int) -> None:
+    vectors, ids = unit(np.random.default_rng(0).normal(size=(300, 8))), np.arange(300)
+    sets = {name: Vectors(vectors, ids, ids) for name in ("image", "text")}
+    first, again = compare(sets, Measure(queries))[0], compare(sets, Measure(queries))[0]
+    assert (first.num_queries, first.num_distinct, first.num_candidates) == (asked, 300, 300)
+    assert first == again
+    with pytest.raises(ConfigError, match="-1 queries"):
+        Measure(-1)
 
 
 def test_templates_need_a_place_for_the_class() -> None:
