@@ -1,7 +1,7 @@
 """The log of a training run: `log.jsonl` in its folder, progress for who watches, and the trackers of `train.log`.
 
-Assumes: the driver keeps it, a Sink (an actor, pipeline/rank.py) carries the records of rank 0 to it; a record has `step` and `total`,
-and one that comes again (after a restart) says the same as before.
+Assumes: the driver keeps it, and the Sink of pipeline/rank.py carries the records of rank 0 to it; a record has `step`
+and `total`, and one that comes again (after a restart) says the same as before.
 """
 
 from __future__ import annotations
