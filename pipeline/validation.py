@@ -61,8 +61,8 @@ class Validation:
         mine = np.array_split(np.arange(len(queries_ND)), place.world)[place.rank]
         sums = torch.zeros(len(KS), dtype=torch.float64)
         if len(mine):
-            found = metrics.retrieval(queries_ND[mine], candidates_ND, groups_N[mine], groups_N)
-            sums += torch.tensor([float(metrics.hit_at(found, k).sum()) for k in KS], dtype=torch.float64)
+            hits = metrics.hits(queries_ND[mine], candidates_ND, groups_N[mine], groups_N, KS)
+            sums += torch.tensor([float(hits[k].sum()) for k in KS], dtype=torch.float64)
         if place.world > 1:
             shared = sums.to(place.device)
             ranks.sum_([shared])
