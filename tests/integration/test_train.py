@@ -102,6 +102,58 @@ def test_nothing_to_train_on_is_an_error(shapes: Path, tmp_path: Path) -> None:
         train("shapes", source(shapes), recipe(tmp_path, where="caption = 'none'"))
 
 
+TOWERS = """
+from torch import nn
+
+class Flat(nn.Module):
+    def __init__(self, width=24):
+        super().__init__()
+        self.arguments = {"width": width}
+        self.layer = nn.Linear(16 * 16 * 3, width)
+
+    def forward(self, pixel_values):
+        return self.layer(pixel_values.flatten(1))
+"""
+OWN = """
+import conjoin as cj
+import my_towers
+
+def squares(a_ND, b_ND, scale, group_N):
+    same = (group_N[:, None] == group_N[None, :]).to(a_ND.dtype)
+    return ((a_ND @ b_ND.T - same) ** 2).mean()
+
+steps = []
+
+def note(step):
+    with open("seen.txt", "a") as file:
+        file.write(f"{step.step} {step.figures['loss']:.4f} {len(step.rows)}\\n")
+    return step.step >= 8
+
+config = cj.config("conjoin.yaml")
+report = cj.train(config, towers={"image": my_towers.Flat(32)}, loss=squares, callbacks=[note])
+print(report.to_json())
+encoder = cj.load(report.encoder)
+assert encoder.encode(text=["a red circle"]).shape == (1, 16)
+assert encoder.spec.towers["image"].config["class"] == "my_towers:Flat"
+"""
+
+
+def test_own_towers_loss_and_callbacks_as_a_user_writes_them(ray_session: None, shapes: Path, tmp_path: Path) -> None:
+    (tmp_path / "my_towers.py").write_text(TOWERS)
+    (tmp_path / "research.py").write_text(OWN)
+    (tmp_path / "conjoin.yaml").write_text(
+        f"name: shapes\nsource: {{path: {shapes}, id: id, image: image, text: caption}}\n"
+        "table: {path: shapes.lance}\n"
+        "train: {dim: 16, global_batch_size: 48, epochs: 4, validate_every: 2, lr: 1.0e-2, "
+        "towers: {image: {size_px: 16}}}\n"
+    )
+    done = subprocess.run([sys.executable, "research.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.split() for line in (tmp_path / "seen.txt").read_text().splitlines()]
+    assert [int(line[0]) for line in lines] == list(range(1, 9)), "the callback stops it at a validation"
+    assert float(lines[-1][1]) < float(lines[0][1])
+
+
 SCRIPT = """
 import sys
 from conjoin.pipeline.recipe import TrainConfig
