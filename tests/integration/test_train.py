@@ -115,8 +115,12 @@ class Flat(nn.Module):
         return self.layer(pixel_values.flatten(1))
 """
 OWN = """
+import os
+
 import conjoin as cj
 import my_towers
+
+SEEN = os.path.abspath("seen.txt")  # the workers are elsewhere
 
 def squares(a_ND, b_ND, scale, group_N):
     same = (group_N[:, None] == group_N[None, :]).to(a_ND.dtype)
@@ -125,7 +129,7 @@ def squares(a_ND, b_ND, scale, group_N):
 steps = []
 
 def note(step):
-    with open("seen.txt", "a") as file:
+    with open(SEEN, "a") as file:
         file.write(f"{step.step} {step.figures['loss']:.4f} {len(step.rows)}\\n")
     return step.step >= 8
 
