@@ -230,7 +230,7 @@ def test_three_steps_on_a_mix_of_parquet_csv_and_tars(mixed: list[Mapping[str, o
     recipe = TrainConfig.model_validate({"path": mixed, "output": str(tmp_path / "out"), **shape})
     steps: list[str] = []
     report = train("mix", source, recipe, progress=lambda event: steps.append(event.step))
-    assert list(dict.fromkeys(steps)) == ["convert", "select", "hash image", "features image", "train"]
+    assert list(dict.fromkeys(steps)) == ["convert", "select", "hash image", "features image", "ahead", "train"]
     assert report.steps == 3
     assert 140 < report.rows < 175
     lines = [json.loads(line) for line in (Path(report.folder) / "log.jsonl").read_text().splitlines()]
