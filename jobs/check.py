@@ -103,6 +103,7 @@ def _train(config: RunFile) -> dict[str, object]:
     return {
         "rows where": recipe.where or "all of the training split",
         **named,
+        "loss": recipe.loss,
         "batch": f"{recipe.global_batch_size} pairs over {recipe.workers} worker(s)",
         "epochs": recipe.epochs,
         "output": recipe.output,

@@ -33,10 +33,16 @@ train:                        # a recipe: editing it never re-embeds anything
   output: encoders
   towers:                     # model: builtin | efficientnet-lite0 | package:NAME | a local directory | a hub name
 {towers}
+                              # tune: all | head | last:4 | lora
   dim: 256
+  # loss: infonce             # infonce | sigmoid | triplet
+  # same_group: mask          # records of one group: left out of each other's negatives | positive | negative
+  # matryoshka: [128, 64]     # shorter prefixes of the vectors to train along
   global_batch_size: 512      # all workers together
+  # micro_batch_size: auto    # of one forward pass; never changes the result
   epochs: 10
   lr: 5.0e-4
+  # patience: 3               # stop after so many validations without a better hit@10
 """
 
 
