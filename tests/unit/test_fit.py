@@ -145,3 +145,37 @@ def test_callbacks_see_each_step_and_can_stop_it(tmp_path: Path) -> None:
     assert [step.step for step in seen] == [1, 2]
     assert sorted([*seen[0].rows, *seen[1].rows]) == sorted([*loop._global_rows(0), *loop._global_rows(1)])
     assert loop.stopping
+
+
+def test_a_moving_average_goes_on_where_it_was(tmp_path: Path) -> None:
+    from conjoin.pipeline.checkpoints import newest
+
+    averages = []
+    for name, stops in (("whole", [5]), ("broken", [3, 5])):
+        for stop in stops:
+            loop = made.loop(tmp_path / name, ALONE, 100, ema=0.9)
+            made.train_to(loop, stop)
+            made.save(loop, tmp_path / name)
+        found = newest(f"{tmp_path / name}/checkpoints")
+        assert found is not None
+        averages.append({key: value for key, value in found.tensors.items() if key.startswith("ema.")})
+    assert differences(averages[1], averages[0]) < 1e-9
+    assert {key.removeprefix("ema.") for key in averages[0]} == set(loop.trained)
+    before = {name: p.detach().clone() for name, p in loop.trained.items()}
+    with loop.averaged():
+        swapped = {f"ema.{name}": p.detach().clone() for name, p in loop.trained.items()}
+    assert differences(swapped, averages[0]) < 1e-9
+    assert differences({name: p.detach() for name, p in loop.trained.items()}, before) == 0
+
+
+def test_a_run_that_was_stopped_early_does_not_go_on(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    loop = made.loop(tmp_path, ALONE, 100)
+    made.train_to(loop, 2)
+    loop.progressed = replace(loop.progressed, stopped=True)
+    made.save(loop, tmp_path)
+    again = made.loop(tmp_path, ALONE, 100)
+    said: list[object] = []
+    assert again.run(said.append).step == 2
+    assert said == [again.log]
