@@ -29,6 +29,7 @@ _RESAMPLE = {
 _MAX_ASPECT = 16
 _MIN_CROP = 0.8
 _JITTER = 0.2
+_LEVELS = np.arange(256, dtype=np.float32)
 _PASS_BAND = 0.95
 _POWER_FLOOR = 1e-5
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / phi, as int64
@@ -65,11 +66,12 @@ def augment_image(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     side = size * rng.uniform(_MIN_CROP, 1.0)
     left, top = rng.uniform(0, size - side, 2)
     box = (float(left), float(top), float(left + side), float(top + side))
-    cropped = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box=box)
-    values = np.asarray(cropped, dtype=np.float32)
+    cropped = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box=box).tobytes()
     contrast, brightness = rng.uniform(1 - _JITTER, 1 + _JITTER, 2)
-    mean = values.mean()
-    return np.clip((values - mean) * contrast + mean * brightness, 0, 255).astype(np.uint8)
+    mean = np.frombuffer(cropped, np.uint8).mean(dtype=np.float32)
+    # what becomes of each of 256 levels, instead of arithmetic on every pixel
+    levels = np.clip((_LEVELS - mean) * contrast + mean * brightness, 0, 255).astype(np.uint8)
+    return np.frombuffer(cropped.translate(levels.tobytes()), np.uint8).reshape(pixels.shape)
 
 
 def drop_features(features_BW: torch.Tensor, keys_B: torch.Tensor, rate: float) -> torch.Tensor:

@@ -6,8 +6,11 @@ Assumes: pipeline/order.py decided which rows make a step; here they are only re
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 _kept: OrderedDict[tuple[str | int, ...], pa.Table] = OrderedDict()
 _KEPT_BYTES = 256 << 20
 _STREAMED_STEPS = 512
+# Reading ahead gives way to the training: a thread of torch that waits for its turn holds up all the others.
+_NICE = 10
 
 Values = list["str | NDArray[np.generic]"]
 
@@ -62,8 +67,8 @@ class Reader:
     seed: int
     augment: bool
 
-    def read(self, positions: Positions, epoch: int) -> dict[str, Decoded]:
-        """The values of these rows, in this order."""
+    def read(self, positions: Positions, epoch: int, threads: int = 0) -> dict[str, Decoded]:
+        """The values of these rows, in this order; threads: as in decode."""
         from conjoin.pipeline.decode import decode
 
         # a row with a weight may be twice in a step
@@ -76,7 +81,7 @@ class Reader:
                     values[modality][place] = self._one(value, epoch, int(unique[place]))
         done = {}
         for raw in self.raws:
-            decoded = decode(raw.spec, [values[raw.modality][place] for place in back.tolist()])
+            decoded = decode(raw.spec, [values[raw.modality][place] for place in back.tolist()], threads=threads)
             present = np.zeros(len(positions), dtype=bool)
             present[decoded.owners] = True
             kept = [
@@ -175,15 +180,15 @@ def rank_steps(
 
 
 def _read_step(batch: Mapping[str, NDArray[np.generic]], reader: Reader) -> dict[str, list[object]]:
-    import pickle
-
-    done = reader.read(np.array(batch["rows"][0], dtype=np.int64), int(batch["epoch"][0]))
+    """In one thread: as many tasks as CPUs run at a time. Linux knows priorities by thread, so it takes its own with it
+    and leaves those of the process, which Ray uses again, as they are."""
+    rows, epoch = np.array(batch["rows"][0], dtype=np.int64), int(batch["epoch"][0])
+    with ThreadPoolExecutor(1, "read", initializer=os.nice, initargs=(_NICE,)) as pool:
+        done = pool.submit(reader.read, rows, epoch, threads=1).result()
     return {"decoded": [pickle.dumps(done, protocol=5)]}
 
 
 def unpack(batch: Mapping[str, NDArray[np.generic]], raws: tuple[Raw, ...]) -> dict[str, Decoded]:
     """The decoded values of one step out of Ray's block."""
-    import pickle
-
     done: dict[str, Decoded] = pickle.loads(batch["decoded"][0])  # noqa: S301  # from our own task, over Ray
     return {raw.modality: done[raw.modality] for raw in raws}

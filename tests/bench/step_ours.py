@@ -142,18 +142,19 @@ def _loop(job: Job, rows: int = 0) -> Loop:
     from conjoin.pipeline.custom import Custom
     from conjoin.pipeline.fit import Loop
     from conjoin.pipeline.forward import Data, Forward, Place
+    from conjoin.pipeline.mixture import Part
     from conjoin.pipeline.rank import objective
     from conjoin.pipeline.selection import Selection
     from conjoin.pipeline.source import SourceConfig
 
     recipe, num_rows = _recipe(job), rows or len(job.texts)
     zeros, every = np.zeros(num_rows, np.int64), np.arange(num_rows)
-    selection = Selection(("made.parquet",), zeros, zeros, every, every)
-    none = Selection(selection.files, *[zeros[:0]] * 4)
     source = SourceConfig(path="made.parquet", id="id", image="image", text="caption")
+    part = Part(source, "Parquet", (), ())
+    selection = Selection((part,), ("made.parquet",), (0,), zeros, zeros, every, every)
     encoder = built(job)
     place = Place(0, 1, torch.device("cpu"), "float32")
-    forward = Forward(encoder, Data(source, selection, none, {}), recipe, place, job.micro)
+    forward = Forward(encoder, Data(selection, selection.taken(zeros[:0]), {}), recipe, place, job.micro)
     return Loop(encoder, forward, objective(recipe, Custom()), job.folder, ())
 
 
