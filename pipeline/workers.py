@@ -5,6 +5,7 @@ Assumes: nothing imports this where no Ray is wanted (queries, a night with noth
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -57,6 +58,9 @@ def data_settings() -> Iterator[None]:
 
     import ray.data
 
+    # Ray Data lets go of actors and their CPUs when its executor is collected, and an error's frames put that off:
+    # what an earlier stage of this process left behind would keep this one waiting for ever.
+    gc.collect()
     context = ray.data.DataContext.get_current()
     wanted = {
         "enable_progress_bars": False,
