@@ -6,20 +6,30 @@ Assumes: every step is safe to repeat, so a killed night is the same command aga
 from __future__ import annotations
 
 import datetime as dt
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
 
+import pyarrow as pa
+
 from conjoin.jobs.stopping import stoppable
 from conjoin.pipeline import landing, runs, store
 from conjoin.pipeline.catalog import Catalog
-from conjoin.pipeline.errors import ConfigError, ConjoinError, GateError, Interrupted
+from conjoin.pipeline.draft import base_of, drafting, due_rows, freeze
+from conjoin.pipeline.edits import add_columns, swap_columns
+from conjoin.pipeline.embed import Attempt, embed
+from conjoin.pipeline.errors import ConfigError, GateError, Interrupted
 from conjoin.pipeline.estimate import check_limits, estimate, last_rate
-from conjoin.pipeline.plan import Plan, Survey, check_resumable, is_current, load_plan, plan_run, survey
+from conjoin.pipeline.index import build
+from conjoin.pipeline.plan import Plan, changed_since, load_plan
 from conjoin.pipeline.progress import ShowProgress, silent
-from conjoin.pipeline.state import Manifest, read_manifest
+from conjoin.pipeline.publish import Expected, Lease, check_gates, check_lease, publish, take_lease
+from conjoin.pipeline.state import manifest_of_run, read_manifest
+from conjoin.pipeline.survey import is_current, survey
 from conjoin.pipeline.units import Record, read_records
 
 if TYPE_CHECKING:
@@ -61,11 +71,16 @@ class _Clock:
         self.seconds: dict[str, float] = {}
 
     def __call__(self, step: str, action: Callable[[], _T]) -> _T:
+        with self.timing(step):
+            return action()
+
+    @contextmanager
+    def timing(self, step: str) -> Iterator[None]:
         started = time.monotonic()
         try:
-            return action()
+            yield
         finally:
-            self.seconds[step] = round(time.monotonic() - started, 3)
+            self.seconds[step] = round(self.seconds.get(step, 0) + time.monotonic() - started, 3)
 
 
 def run(
@@ -73,54 +88,66 @@ def run(
 ) -> RunReport:
     """Bring the table up to date with the source and publish it.
 
-    date: the logical date, today by default; full: embed every row again, whatever is published, and start over where
-    an unfinished run cannot be resumed. Raises the ConjoinError of the step that failed; Interrupted on Ctrl-C.
+    date: the logical date, today by default; full: make the whole table anew, whatever is published, and start over
+    where an unfinished run cannot be resumed. Raises the ConjoinError of the step that failed; Interrupted on Ctrl-C.
     """
     catalog = _catalog(config)
     uri = catalog.table.path
     with _saying_how_far(uri):
-        live, clock = _live_manifest(uri), _Clock()
-        known = {entry.file.path: entry.file for entry in live.files} if live else {}
-        found = clock("survey", lambda: survey(catalog, known))
+        night = _Night(
+            config, catalog, take_lease(uri, f"{catalog.name} of {socket.gethostname()}"), _Clock(), progress
+        )
         report = None
-        for plan in _resumable(uri, found, full=full):
-            report = _night(config, catalog, plan, clock, progress)
-        if is_current(_live_manifest(uri), found) and (report is not None or not full):
+        for plan in _resumable(night, full=full):
+            report = _finish(night, plan)
+        base = night.clock("survey", lambda: base_of(uri, full=full and report is None))
+        found = night.clock("survey", lambda: survey(catalog, base.known))
+        due = due_rows(base)
+        if due is None and is_current(base.manifest, found, catalog.embed.precision):
             return report or _unchanged(uri)
         run_id = runs.next_run_id(uri, catalog.name, date or dt.date.today())  # noqa: DTZ011
-        plan = clock("plan", lambda: plan_run(catalog, run_id, found, full=full))
-        return _night(config, catalog, plan, clock, progress)
+        with night.clock.timing("plan"), drafting(catalog, found, base, due) as draft:
+            _check_limits(config, draft.embedded, found.fingerprint)
+            plan = freeze(draft, run_id, runs.run_directory(uri, run_id))
+        return _finish(night, plan)
 
 
-def _night(config: RunFile, catalog: Catalog, plan: Plan, clock: _Clock, progress: ShowProgress) -> RunReport:
-    """embed and stage -> gates on the candidate -> commit -> index -> gates -> publish -> report."""
-    from conjoin.pipeline.embed import embed
-    from conjoin.pipeline.index import build
-    from conjoin.pipeline.publish import Expected, check_gates, publish
+@dataclass(frozen=True, slots=True)
+class _Night:
+    """What every step needs."""
 
-    catalog = catalog.reading(plan.path)
-    uri, run = catalog.table.path, runs.run_directory(catalog.table.path, plan.run_id)
-    records = read_records(run, plan.digest)
+    config: RunFile
+    catalog: Catalog
+    lease: Lease
+    clock: _Clock
+    progress: ShowProgress
 
-    def expected() -> Expected:
-        columns = tuple(name for name in plan.schema.names if name.endswith("_vec"))
-        return Expected(sum(record.rows for record in records.values()), plan.fingerprint, columns)
 
-    if store.committed(uri, plan.run_id) is None:
-        _check_limits(config, plan, records)
+def _finish(night: _Night, plan: Plan) -> RunReport:
+    """embed and stage -> candidate and its gates -> commit -> swap columns -> index -> gates -> publish -> report."""
+    uri, clock, gates = night.catalog.table.path, night.clock, night.config.gates
+    run, records = runs.run_directory(uri, plan.run_id), read_records(runs.run_directory(uri, plan.run_id), plan.digest)
     try:
         if store.committed(uri, plan.run_id) is None:
-            records = clock("embed", lambda: embed(catalog, plan, address=config.cluster.address, progress=progress))
+            records = clock(
+                "embed",
+                lambda: embed(plan.catalog(night.catalog), plan, _attempt(night, plan), progress=night.progress),
+            )
             work = clock("state", lambda: landing.prepare(uri, run, plan, records))
             candidate = clock("candidate", lambda: store.candidate(uri, work))
-            if candidate is not None:
-                clock("gates", lambda: check_gates(candidate, expected(), config.gates, _live(uri)))
+            if candidate is not None and not plan.change.renamed:
+                clock("gates", lambda: check_gates(candidate, _expected(uri, plan), gates, _live(uri)))
+            check_lease(night.lease)
             clock("commit", lambda: store.commit(uri, work))
-        indexes = clock("index", lambda: build(uri, config.table))
-        head = store.open_version(uri, None)
-        clock("gates on the head", lambda: check_gates(head, expected(), config.gates, _live(uri)))
+        clock(
+            "swap", lambda: swap_columns(store.open_version(uri, None), plan.change.dropped, dict(plan.change.renamed))
+        )
+        check_lease(night.lease)
+        indexes = clock("index", lambda: build(uri, night.config.table))
+        indexed = store.open_version(uri, None)
+        clock("gates on the head", lambda: check_gates(indexed, _expected(uri, plan), gates, _live(uri)))
         version = int(store.open_version(uri, None).version)
-        clock("publish", lambda: publish(uri, version, plan.run_id))
+        clock("publish", lambda: publish(uri, version, plan.run_id, night.lease))
     except GateError as error:
         _rejected(uri, plan, records, clock, error)
     report = _report(plan, records, clock, version, tuple(asdict(index) for index in indexes))
@@ -128,11 +155,28 @@ def _night(config: RunFile, catalog: Catalog, plan: Plan, clock: _Clock, progres
     return report
 
 
-def _check_limits(config: RunFile, plan: Plan, records: Mapping[int, Record]) -> None:
-    """Raises GateError when what is left of the plan is expected to exceed the limits; nothing was begun then."""
-    rate = last_rate(config.table.path, plan.fingerprint)
+def _expected(uri: str, plan: Plan) -> Expected:
+    columns = tuple(name for name in plan.schema.names if name.endswith("_vec"))
+    return Expected(manifest_of_run(uri, plan.run_id).rows, plan.fingerprint, columns)
+
+
+def _attempt(night: _Night, plan: Plan) -> Attempt:
+    """Columns that edits will fill are there first; files that changed since the plan are left to the next night."""
+    uri = night.catalog.table.path
+    head = store.head(uri)
+    if head is not None and not plan.whole:
+        check_lease(night.lease)
+        add_columns(head, pa.schema([plan.working.field(name) for name in plan.change.added]))
+        head = store.open_version(uri, None)
+    left = frozenset(changed_since(plan, {}))
+    version = 0 if head is None else int(head.version)
+    return Attempt(version, left, night.config.cluster.address, lambda: check_lease(night.lease))
+
+
+def _check_limits(config: RunFile, rows: int, fingerprint: str) -> None:
+    """Raises GateError when the plan is expected to exceed the limits; nothing was begun then."""
+    rate = last_rate(config.table.path, fingerprint)
     if rate is not None:
-        rows = plan.rows - sum(record.planned for record in records.values())
         check_limits(estimate(rows, rate, config.cluster.gpus, config.cluster.price_per_gpu_hour), config.limits)
 
 
@@ -171,19 +215,23 @@ def _rejected(uri: str, plan: Plan, records: Mapping[int, Record], clock: _Clock
     raise error
 
 
-def _resumable(uri: str, found: Survey, *, full: bool) -> Iterator[Plan]:
-    """Unfinished runs, oldest first. With `full`, one that cannot be resumed is abandoned instead of an error."""
+def _resumable(night: _Night, *, full: bool) -> Iterator[Plan]:
+    """Unfinished runs, oldest first. One whose base is not live any more (a rollback), or any with `full`, is abandoned."""
+    uri = night.catalog.table.path
     for run_id in runs.unfinished(uri):
         plan = load_plan(runs.run_directory(uri, run_id))
-        try:
-            if store.committed(uri, run_id) is None:
-                check_resumable(plan, found)
-        except ConjoinError as error:
-            if not full:
-                raise
-            runs.finish(uri, run_id, RunReport(run_id, "abandoned", problem=str(error)).to_json())
+        live = _live_run(uri)
+        stale = not plan.whole and live not in (plan.base_run, run_id)
+        if not stale and not (full and store.committed(uri, run_id) is None):
+            yield plan
             continue
-        yield plan
+        problem = f"built on run {plan.base_run}, live is {live or 'nothing'}" if stale else "started over by --full"
+        runs.finish(uri, run_id, RunReport(run_id, "abandoned", problem=problem).to_json())
+
+
+def _live_run(uri: str) -> str:
+    live = _live(uri)
+    return "" if live is None else store.run_of(live).get(store.RUN_ID, "")
 
 
 def _unchanged(uri: str) -> RunReport:
@@ -205,13 +253,6 @@ def _live(uri: str) -> lance.LanceDataset | None:
     """What readers see now, None before the first publish."""
     dataset = store.head(uri)
     return None if dataset is None or store.live_version(dataset) is None else store.open_version(uri)
-
-
-def _live_manifest(uri: str) -> Manifest | None:
-    dataset = store.head(uri)
-    if dataset is None or store.live_version(dataset) is None:
-        return None
-    return read_manifest(store.open_version(uri))
 
 
 def _catalog(config: RunFile) -> Catalog:

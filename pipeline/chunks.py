@@ -11,18 +11,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from conjoin.encoders.spec import AudioTransform, ImageTransform, TowerSpec
+from conjoin.pipeline import hashes
 from conjoin.pipeline.decode import Decoded, decode
 from conjoin.pipeline.errors import SourceError
 from conjoin.pipeline.source import (
     SourceConfig,
     columns_of,
-    content_hash,
-    content_hashes,
     kept_of,
-    python_values,
     read_batches,
     uris_of,
-    values_of,
 )
 
 if TYPE_CHECKING:
@@ -143,7 +140,7 @@ def decode_piece(recipe: Recipe, piece: Piece) -> Iterator[Chunk]:
             raise SourceError(
                 "ids differ from the plan: the file was replaced while the run read it",
                 where=f"{piece.path} row group {piece.row_group}",
-                next="Start over with `conjoin run --full`",
+                next="Run again: the file's other rows are then left to the next night",
             )
         yield _chunk(recipe, piece.start + done, table.set_column(0, source.id, ids), seen)
         done += table.num_rows
@@ -151,7 +148,7 @@ def decode_piece(recipe: Recipe, piece: Piece) -> Iterator[Chunk]:
 
 def _batch_rows(towers: Mapping[str, TowerSpec]) -> int:
     """Rows whose decoded values stay below CHUNK_BYTES."""
-    largest = max(_value_bytes(tower) for tower in towers.values())
+    largest = max((_value_bytes(tower) for tower in towers.values()), default=1)
     return max(1, min(CHUNK_ROWS, CHUNK_BYTES // largest))
 
 
@@ -169,17 +166,15 @@ def _chunk(recipe: Recipe, start: int, table: pa.Table, seen: Mapping[str, set[b
     columns = _kept_columns(recipe, table)
     decoded = {}
     for modality, tower in recipe.towers.items():
-        found = values_of(recipe.source, table, modality)
-        hashes = content_hashes(found)
-        values = python_values(found)
-        columns[f"{modality}_hash"] = hashes
+        values, found = hashes.modality_hashes(recipe.source, table, modality)
+        columns[f"{modality}_hash"] = found
         if modality == "text":
             columns["text"] = _as_embedded(values, tower)
         if f"{modality}_uri" in recipe.schema.names:
             uris = uris_of(recipe.source, table, modality)  # None where this file's column has no type at all
             columns[f"{modality}_uri"] = _no_texts(table.num_rows) if uris is None else uris
         thumbnail_px = recipe.thumbnail_px if modality == "image" else 0
-        fresh = _once(values, hashes, seen[modality])
+        fresh = _once(values, found, seen[modality])
         decoded[modality] = decode(tower, fresh, thumbnail_px=thumbnail_px, threads=recipe.threads)
     return Chunk(start, _table(columns), decoded)
 
@@ -198,20 +193,11 @@ def _table(columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> pa.Table:
 
 def _kept_columns(recipe: Recipe, table: pa.Table) -> dict[str, pa.Array | pa.ChunkedArray]:
     """id, kept columns in the table's types, kept_hash and changed_by_hash."""
-    import pyarrow as pa
-
     source, kept = recipe.source, kept_of(recipe.source, table)
     columns: dict[str, pa.Array | pa.ChunkedArray] = {"id": table[source.id]}
     for name in kept.column_names:
         columns[name] = kept[name].cast(recipe.schema.field(name).type)
-    digest = pa.binary(16)
-    hashes = [content_hash(list(row.values())) for row in kept.to_pylist()] if kept.column_names else None
-    columns["kept_hash"] = pa.array(hashes, digest) if hashes else pa.nulls(table.num_rows, digest)
-    if source.changed_by:
-        columns["changed_by_hash"] = content_hashes(table[source.changed_by])
-    else:
-        columns["changed_by_hash"] = pa.nulls(table.num_rows, digest)
-    return columns
+    return columns | hashes.row_hashes(source, table)
 
 
 def _once(values: Sequence[object], hashes: pa.Array, seen: set[bytes]) -> list[object]:

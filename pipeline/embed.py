@@ -9,7 +9,7 @@ import gc
 import math
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -62,13 +62,23 @@ def pool_for(wanted: int | str, cpus: int, gpus: int) -> Pool:
     return Pool(actors, int(on_gpu), max(1, cpus // actors), max(0, cpus - actors) // actors)
 
 
-def embed(
-    catalog: Catalog, plan: Plan, *, address: str | None = None, progress: ShowProgress = silent
-) -> dict[int, Record]:
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt at a plan. version: of the table that edits read, 0 without one; left: paths of files that changed
+    since the plan; address: of a Ray cluster; check: called after every unit, it may end the night.
+    """
+
+    version: int = 0
+    left: frozenset[str] = frozenset()
+    address: str | None = None
+    check: Callable[[], None] = lambda: None
+
+
+def embed(catalog: Catalog, plan: Plan, attempt: Attempt, *, progress: ShowProgress = silent) -> dict[int, Record]:
     """Embed and stage every unit of the plan that has no record yet; returns all records by unit.
 
-    Joins Ray at `address`, or starts it here, only if there is work. Raises SourceError when more rows are unusable
-    than `embed.max_bad_fraction` allows, and whatever a worker raised.
+    Joins Ray at `attempt.address`, or starts it here, only if a tower must run. Raises SourceError when more rows are
+    unusable than `embed.max_bad_fraction` allows, and whatever a worker raised.
     """
     run = run_directory(catalog.table.path, plan.run_id)
     records = read_records(run, plan.digest)
@@ -76,8 +86,10 @@ def embed(
     tally = _Tally(catalog, plan, run, progress)
     tally.restore(records.values())
     if waiting:
-        for row in _run_units(catalog, plan, waiting, address):
+        with_towers = any(plan.units[number].embed for number in waiting)
+        for row in (_run_units if with_towers else _run_here)(catalog, plan, waiting, attempt):
             tally.add(row)
+            attempt.check()
     return read_records(run, plan.digest)
 
 
@@ -143,18 +155,27 @@ def _reasons(run: str, plan: Plan) -> list[str]:
     return found
 
 
-def _run_units(
-    catalog: Catalog, plan: Plan, numbers: Sequence[int], address: str | None
-) -> Iterator[Mapping[str, float]]:
+def _run_here(catalog: Catalog, plan: Plan, numbers: Sequence[int], attempt: Attempt) -> Iterator[Mapping[str, float]]:
+    """Units that need no tower (prices), in this process: starting Ray would take longer."""
+    from conjoin.pipeline.stager import Order, Stager
+
+    stager = Stager(Order(catalog, plan.run_id, attempt.version, attempt.left, attempt=uuid.uuid4().hex))
+    for record in map(stager.stage, numbers):
+        yield {"rows": record.planned, "quarantined": record.quarantined}
+
+
+def _run_units(catalog: Catalog, plan: Plan, numbers: Sequence[int], attempt: Attempt) -> Iterator[Mapping[str, float]]:
     """Units through the pool, in whatever order they finish."""
     from conjoin.pipeline import workers
     from conjoin.pipeline.stager import Order, Stager
 
-    workers.start(address)
+    workers.start(attempt.address)
     import ray.data
 
     pool = pool_for(catalog.embed.actors, workers.num_cpus(), workers.num_gpus())
-    order = Order(catalog, plan.run_id, pool.ahead, pool.threads, attempt=uuid.uuid4().hex)
+    order = Order(
+        catalog, plan.run_id, attempt.version, attempt.left, pool.ahead, pool.threads, attempt=uuid.uuid4().hex
+    )
     with workers.data_settings():
         units = ray.data.from_items([{"unit": number} for number in numbers], override_num_blocks=len(numbers))
         done = units.map_batches(

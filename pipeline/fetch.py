@@ -8,9 +8,10 @@ from __future__ import annotations
 import stat
 import threading
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -30,6 +31,7 @@ _SHOWN_CHARS = 80
 _BUSY = {408, 425, 429, 500, 502, 503, 504}
 _GONE = {404, 410}
 _DENIED = {401, 403, 407}
+_T = TypeVar("_T")
 
 
 class Fetcher:
@@ -41,18 +43,25 @@ class Fetcher:
 
     def fetch(self, uri: str) -> bytes:
         """The bytes. Raises StorageError saying why there are none, after repeats where a repeat may help."""
+        return self._asking(uri, lambda: _read(uri))
+
+    def stamp(self, uri: str) -> str:
+        """Size and etag (of a file its time, of a page its Last-Modified), without the bytes. Raises like fetch."""
+        return self._asking(uri, lambda: _stamp(uri))
+
+    def _asking(self, uri: str, ask: Callable[[], _T]) -> _T:
         host = _host(uri)
         if self._failures[host] >= GIVE_UP_AFTER:
             raise StorageError(f"not tried: {GIVE_UP_AFTER} requests in a row failed", where=host)
         try:
-            data = storage.retry(lambda: _read(uri), verb="fetch", where=uri)
+            answer = storage.retry(ask, verb="fetch", where=uri)
         except StorageError as error:
             with self._lock:
                 self._failures[host] += error.retryable
             raise
         with self._lock:
             self._failures[host] = 0
-        return data
+        return answer
 
 
 def _host(uri: str) -> str:
@@ -63,8 +72,26 @@ def _host(uri: str) -> str:
     return f"{parts.scheme}://{parts.netloc}" if parts.netloc else "file"
 
 
+def _scheme(uri: str) -> str:
+    return uri.split("://", 1)[0].lower() if "://" in uri else "data" if uri.startswith("data:") else "file"
+
+
+def _stamp(uri: str) -> str:
+    scheme = _scheme(uri)
+    if scheme in ("http", "https"):
+        response = _request("HEAD", uri)
+        response.release_conn()
+        return "|".join(response.headers.get(name, "") for name in ("Content-Length", "ETag", "Last-Modified"))
+    if scheme in ("s3", "s3a"):
+        fs, path = storage.filesystem(uri)
+        info = fs.info(path)
+        return f"{info['size']}|{info.get('ETag', '')}"
+    found = _path(uri).stat()
+    return f"{found.st_size}|{found.st_mtime_ns:x}"
+
+
 def _read(uri: str) -> bytes:
-    scheme = uri.split("://", 1)[0].lower() if "://" in uri else "data" if uri.startswith("data:") else "file"
+    scheme = _scheme(uri)
     if scheme in ("http", "https"):
         return _read_http(uri)
     if scheme in ("s3", "s3a"):
@@ -78,10 +105,14 @@ def _read(uri: str) -> bytes:
     raise StorageError(f"cannot fetch {scheme}: addresses", where=uri[:_SHOWN_CHARS], next=advice)
 
 
-def _read_file(uri: str) -> bytes:
+def _path(uri: str) -> Path:
     if "\0" in uri:
         raise StorageError("not a valid file name", where=uri)
-    path = Path(unquote(urlsplit(uri).path) if uri.startswith("file://") else uri)
+    return Path(unquote(urlsplit(uri).path) if uri.startswith("file://") else uri)
+
+
+def _read_file(uri: str) -> bytes:
+    path = _path(uri)
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):  # a pipe or a device would never end
         raise StorageError("not a file" if not path.is_dir() else "a directory, not a file", where=uri)
@@ -92,18 +123,27 @@ def _read_file(uri: str) -> bytes:
 def _read_http(uri: str) -> bytes:
     import urllib3
 
+    response = _request("GET", uri)
     try:
-        response = _pool(_proxy(uri)).request("GET", uri, preload_content=False)
-        try:
-            _check_status(response.status, uri)
-            _check_size(int(response.headers.get("Content-Length") or 0), uri)
-            data = response.read(MAX_BYTES + 1)
-            _check_size(len(data), uri)
-        except BaseException:
-            response.close()
-            raise
-        response.release_conn()
-        return data
+        _check_size(int(response.headers.get("Content-Length") or 0), uri)
+        data = response.read(MAX_BYTES + 1)
+        _check_size(len(data), uri)
+    except urllib3.exceptions.HTTPError as error:
+        response.close()
+        raise _failed(uri, error, retryable=True) from error
+    except BaseException:
+        response.close()
+        raise
+    response.release_conn()
+    return data
+
+
+def _request(method: str, uri: str) -> urllib3.BaseHTTPResponse:
+    """The answer, its body unread. Raises StorageError for any status but 2xx."""
+    import urllib3
+
+    try:
+        response = _pool(_proxy(uri)).request(method, uri, preload_content=False)
     except (urllib3.exceptions.LocationParseError, urllib3.exceptions.LocationValueError) as error:
         raise StorageError("not a valid address", where=uri) from error
     except urllib3.exceptions.MaxRetryError as error:
@@ -111,6 +151,12 @@ def _read_http(uri: str) -> bytes:
         raise _failed(uri, error.reason or error, retryable=not is_loop) from error
     except urllib3.exceptions.HTTPError as error:
         raise _failed(uri, error, retryable=True) from error
+    try:
+        _check_status(response.status, uri)
+    except StorageError:
+        response.close()
+        raise
+    return response
 
 
 def _failed(uri: str, error: BaseException, *, retryable: bool) -> StorageError:

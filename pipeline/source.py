@@ -5,7 +5,7 @@ Assumes: the source is never modified. Paths of files are absolute (or s3://), s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,6 +45,7 @@ __all__ = [
     "check_source",
     "column_names",
     "columns_of",
+    "columns_of_files",
     "content_hash",
     "content_hashes",
     "dataset",
@@ -148,6 +149,18 @@ def schema_of(config: SourceConfig) -> SourceSchema:
     """
     footers = _footers(listing.parquet_files(config.path))
     return columns.unify(config, [(stat.uri, footer.schema) for stat, footer in footers.items()])
+
+
+def columns_of_files(
+    config: SourceConfig, files: Sequence[SourceFile], known: pa.Schema | None, unopened: Collection[SourceFile]
+) -> SourceSchema:
+    """`schema_of` of listed files; those in `unopened` are known to have the columns `known`.
+
+    Raises SourceError naming the file whose columns differ.
+    """
+    to_open = [storage.FileStat(file.path, file.size_bytes, file.etag) for file in files if file not in unopened]
+    earlier = [] if known is None else [("the live version", known)]
+    return columns.unify(config, [*earlier, *((stat.uri, foot.schema) for stat, foot in _footers(to_open).items())])
 
 
 def column_names(file: str) -> list[str]:

@@ -7,7 +7,7 @@ state that belongs to a version is found from the version, also after a rollback
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -33,8 +33,8 @@ class FileState:
 class Manifest:
     """Everything a version came from.
 
-    config: digest of what else decides its rows (columns, types, precision); quarantine: runs whose rows in the
-    quarantine table still hold.
+    config: digest of what else decides its rows (columns, types); columns: of the source, in plain types;
+    quarantine: runs whose rows in the quarantine table still hold.
     """
 
     run_id: str
@@ -45,6 +45,8 @@ class Manifest:
     rows: int
     files: tuple[FileState, ...]
     quarantine: tuple[str, ...]
+    precision: str = "auto"
+    columns: str = ""
 
 
 def state_schema(id_type: pa.DataType, modalities: Iterable[str]) -> pa.Schema:
@@ -57,21 +59,18 @@ def state_schema(id_type: pa.DataType, modalities: Iterable[str]) -> pa.Schema:
     return pa.schema([*position, pa.field("id", id_type), *(pa.field(name, digest) for name in names)])
 
 
-def write_state(uri: str, run_id: str, files: Iterable[SourceFile], parts: Iterable[pa.Table]) -> tuple[FileState, ...]:
-    """Write one Parquet file per source file below `<bookkeeping>/state/<run id>`.
+def write_state(
+    uri: str, run_id: str, files: Mapping[int, SourceFile], parts: Iterable[pa.Table]
+) -> tuple[FileState, ...]:
+    """Write one Parquet file per source file below `<bookkeeping>/state/<run id>`; one without rows gets none.
 
-    parts: tables of `state_schema` in the order of the plan, `file` counting `files`; one source file's rows are held
-    in memory at a time.
+    parts: tables of `state_schema` in the order of files, `file` counting as `files` does; one source file's rows are
+    held in memory at a time.
     """
-    known = list(files)
-    written = [
-        FileState(known[number], _write(uri, f"state/{run_id}/{number:05d}.parquet", table))
-        for number, table in _by_file(parts)
-    ]
-    if len(written) != sum(1 for file in known if file.num_rows):
-        raise TableError(f"state of {len(written)} source files out of {len(known)}", where=f"{uri} run {run_id}")
-    empty = [FileState(file, "") for file in known if not file.num_rows]
-    return tuple(written + empty)
+    written = {number: _write(uri, f"state/{run_id}/{number:05d}.parquet", table) for number, table in _by_file(parts)}
+    if stray := written.keys() - files.keys():
+        raise TableError(f"state of files {sorted(stray)} that the plan does not name", where=f"{uri} run {run_id}")
+    return tuple(FileState(file, written.get(number, "")) for number, file in files.items())
 
 
 def _by_file(parts: Iterable[pa.Table]) -> Iterator[tuple[int, pa.Table]]:
@@ -111,6 +110,11 @@ def read_parquet(uri: str) -> pa.Table:
     return pq.read_table(io.BytesIO(storage.read_bytes(uri)))
 
 
+def state_file(uri: str, state: FileState) -> pa.Table:
+    """The rows of one source file as some version of the table at `uri` knows them; no `file` column."""
+    return read_parquet(storage.join(bookkeeping(uri), state.path))
+
+
 def manifest_path(run_id: str) -> str:
     """Where a run's manifest lies below the bookkeeping directory; its commit names it."""
     return f"state/{run_id}/manifest.json"
@@ -125,7 +129,16 @@ def read_manifest(dataset: lance.LanceDataset) -> Manifest | None:
     path = run_of(dataset).get(STATE)
     if path is None:
         return None
-    raw = cast("dict[str, str]", storage.read_json(storage.join(bookkeeping(str(dataset.uri)), path)))
+    return _manifest(storage.read_json(storage.join(bookkeeping(str(dataset.uri)), path)))
+
+
+def manifest_of_run(uri: str, run_id: str) -> Manifest:
+    """The manifest that a run wrote. Raises StorageError if there is none."""
+    return _manifest(storage.read_json(storage.join(bookkeeping(uri), manifest_path(run_id))))
+
+
+def _manifest(value: dict[str, object]) -> Manifest:
+    raw = cast("dict[str, str]", value)
     files = tuple(_file_state(entry) for entry in cast("list[dict[str, object]]", raw["files"]))
     names = ("run_id", "fingerprint", "encoder", "config", "plan")
     return Manifest(
@@ -133,6 +146,8 @@ def read_manifest(dataset: lance.LanceDataset) -> Manifest | None:
         rows=int(raw["rows"]),
         files=files,
         quarantine=tuple(raw["quarantine"]),
+        precision=raw.get("precision", "auto"),
+        columns=raw.get("columns", ""),
     )
 
 

@@ -323,6 +323,11 @@ def write_json(uri: str, value: dict[str, object]) -> None:
     write_bytes(uri, json.dumps({"format": FORMAT, **value}, indent=1, sort_keys=True).encode())
 
 
+def create_json(uri: str, value: dict[str, object]) -> bool:
+    """`write_json` only if nothing is there; False if somebody was first."""
+    return create_bytes(uri, json.dumps({"format": FORMAT, **value}, indent=1, sort_keys=True).encode())
+
+
 def read_json(uri: str) -> dict[str, object]:
     """Raises StorageError if it is missing, torn, or written by a newer conjoin."""
     try:

@@ -72,14 +72,31 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
+class Edits:
+    """What happens to fragments that exist. updated: as they will be, Lance's JSON; removed: of which nothing is left.
+
+    fields: ids of rewritten fields; deleted: rows that go.
+    """
+
+    updated: Sequence[Json] = ()
+    removed: Sequence[int] = ()
+    fields: Sequence[int] = ()
+    deleted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
-    """One commit of one run. read_version: the head when the run was planned, 0 without a table."""
+    """One commit of one run. read_version: the head when the run was planned, 0 without a table.
+
+    Without `edits` the fragments become the whole table; with them they join the rows that are there.
+    """
 
     run_id: str
     schema: pa.Schema
     fragments: Sequence[Json]
     read_version: int
     properties: Mapping[str, str]
+    edits: Edits | None = None
 
 
 def bookkeeping(uri: str) -> str:
@@ -216,6 +233,20 @@ def lineage(dataset: lance.LanceDataset) -> Iterator[tuple[int, Mapping[str, str
         version -= 1
 
 
+def restore(uri: str) -> int | None:
+    """Make the head the live version's content again (a rejected night, a rollback, a stranger's rows).
+
+    Returns the new head's version; None if there was nothing to do.
+    """
+    head_, live = open_version(uri, None), open_version(uri)
+    newest = next((version for version, _ in lineage(head_)), None)
+    if newest == int(live.version):
+        return None
+    with storage.explaining("restore the live version", uri):
+        live.restore()
+    return int(open_version(uri, None).version)
+
+
 def run_of(dataset: lance.LanceDataset) -> Mapping[str, str]:
     """Commit properties (run_id, fingerprint, plan_digest, state_manifest) of the run that filled this version.
 
@@ -270,10 +301,14 @@ def _short(fingerprints: set[str]) -> str:
     return ", ".join(sorted(fingerprint[:12] for fingerprint in fingerprints))
 
 
-def stage(uri: str, table: pa.Table, *, first: bool) -> Json:
+Mode = Literal["create", "overwrite", "append"]
+
+
+def stage(uri: str, table: pa.Table, *, mode: Mode) -> Json:
     """Write `table` as one uncommitted fragment and return Lance's JSON of it; nothing becomes visible.
 
-    first: the table at `uri` does not exist yet. Raises ConservationError if Lance wrote other rows than it got.
+    mode: `create` where no table exists yet, `append` to its columns (some may be left out), `overwrite` for columns of
+    its own. Raises ConservationError if Lance wrote other rows than it got.
     """
     from lance.fragment import write_fragments
 
@@ -283,7 +318,7 @@ def stage(uri: str, table: pa.Table, *, first: bool) -> Json:
             table,
             uri,
             schema=table.schema,
-            mode="create" if first else "overwrite",
+            mode=mode,
             max_rows_per_file=max(table.num_rows, 1),
             data_storage_version=STORAGE_VERSION,
             storage_options=storage.lance_options(uri),
@@ -297,7 +332,7 @@ def stage(uri: str, table: pa.Table, *, first: bool) -> Json:
 
 
 def commit(uri: str, work: Commit) -> int:
-    """Make the staged fragments the whole table, in one commit; returns its version. Repeating it changes nothing.
+    """Make the staged work part of the table, in one commit; returns its version. Repeating it changes nothing.
 
     Raises TableError if another run committed since `work.read_version`, ConservationError if rows are missing after.
     """
@@ -305,8 +340,9 @@ def commit(uri: str, work: Commit) -> int:
     if done is not None:
         return done
     _check_alone(uri, work)
+    expected = _expected_rows(uri, work)
     dataset = _commit(uri, work, detached=False)
-    _check_rows(dataset, work, uri)
+    _check_rows(dataset, expected, uri)
     return int(dataset.version)
 
 
@@ -314,13 +350,18 @@ def candidate(uri: str, work: Commit) -> lance.LanceDataset | None:
     """The same commit beside the head, readable and searchable for gates; None for a first version (Lance cannot)."""
     if head(uri) is None:
         return None
+    expected = _expected_rows(uri, work)
     dataset = _commit(uri, work, detached=True)
-    _check_rows(dataset, work, uri)
+    _check_rows(dataset, expected, uri)
     return dataset
 
 
-def _check_rows(dataset: lance.LanceDataset, work: Commit, uri: str) -> None:
-    expected = sum(_rows(fragment) for fragment in work.fragments)
+def _expected_rows(uri: str, work: Commit) -> int:
+    new = sum(_rows(fragment) for fragment in work.fragments)
+    return new if work.edits is None else open_version(uri, None).count_rows() - work.edits.deleted + new
+
+
+def _check_rows(dataset: lance.LanceDataset, expected: int, uri: str) -> None:
     found = dataset.count_rows()
     if found != expected:
         raise ConservationError(f"{expected} rows committed, {found} found", where=f"{uri} version {dataset.version}")
@@ -351,13 +392,12 @@ def _check_alone(uri: str, work: Commit) -> None:
 
 def _commit(uri: str, work: Commit, *, detached: bool) -> lance.LanceDataset:
     import lance
-    from lance.fragment import FragmentMetadata
 
+    # Columns may have been added since the plan: an edit reads the head, which _check_alone vouches for.
+    read_version = work.read_version if work.edits is None else int(open_version(uri, None).version)
     transaction = lance.Transaction(
-        read_version=work.read_version,
-        operation=lance.LanceOperation.Overwrite(
-            work.schema, [FragmentMetadata.from_json(json.dumps(fragment)) for fragment in work.fragments]
-        ),
+        read_version=read_version,
+        operation=_operation(work),
         transaction_properties={**work.properties, RUN_ID: work.run_id},
     )
     try:
@@ -370,3 +410,21 @@ def _commit(uri: str, work: Commit, *, detached: bool) -> lance.LanceDataset:
         )
     except OSError as error:
         raise _storage_error(error, "commit", uri) from error
+
+
+def _operation(work: Commit) -> lance.LanceOperation.BaseOperation:
+    import lance
+    from lance.fragment import FragmentMetadata
+
+    def parsed(fragments: Sequence[Json]) -> list[FragmentMetadata]:
+        return [FragmentMetadata.from_json(json.dumps(fragment)) for fragment in fragments]
+
+    if work.edits is None:
+        return lance.LanceOperation.Overwrite(work.schema, parsed(work.fragments))
+    return lance.LanceOperation.Update(
+        removed_fragment_ids=list(work.edits.removed),
+        updated_fragments=parsed(work.edits.updated),
+        new_fragments=parsed(work.fragments),
+        fields_modified=list(work.edits.fields),
+        update_mode="rewrite_columns" if work.edits.fields else "rewrite_rows",
+    )

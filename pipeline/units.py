@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from conjoin.encoders.spec import Json
 from conjoin.pipeline import storage
@@ -23,33 +23,39 @@ SMALLEST_UNIT = 2_000
 UNITS_OF_A_SMALL_CATALOG = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Rows [start, stop) of one row group; `file` counts the plan's files."""
-
-    file: int
-    row_group: int
-    start: int
-    stop: int
+INSERT, REWRITE = "insert", "rewrite"
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One unit of a plan: `operation` says what happens to its rows; `ids` is the digest of their ids in order."""
+    """One unit of a plan: rows that become a new fragment, or rows of a fragment whose columns get new values.
+
+    ids: digest of the rows' ids in order; embed: modalities whose towers run, the others keep their vectors; columns:
+    of a rewrite, by their final names; fragment: the one that is rewritten, -1 of an insert.
+    """
 
     number: int
     operation: str
     rows: int
     ids: str
+    embed: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    fragment: int = -1
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, object]) -> Unit:
+        lists = {name: tuple(cast("list[str]", raw[name])) for name in ("embed", "columns")}
+        return cls(**{**raw, **lists})  # type: ignore[arg-type]  # our own JSON, its digest checked
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """What an actor left behind for one unit.
 
-    planned, planned_ids: rows of the unit and the digest of their ids, as read from the source;
-    rows, ids: the same of the rows in the fragment; excluded: planned rows that are in quarantine alone;
-    quarantined: values in quarantine; fragment: Lance's JSON, None when no row was usable; seconds: wall time.
+    planned, planned_ids: rows of the unit and the digest of their ids, as read from the source; rows, ids: the same of
+    the rows in the fragment; excluded: planned rows that are in quarantine alone; quarantined: values in quarantine;
+    fragment: Lance's JSON, None when no row was usable; fields: rewritten field ids of that fragment; left: paths of
+    files that changed since the plan, whose rows were left to the next night; seconds: wall time.
     """
 
     unit: int
@@ -62,6 +68,8 @@ class Record:
     quarantined: int
     fragment: Json
     seconds: float
+    fields: tuple[int, ...] = ()
+    left: tuple[str, ...] = ()
 
     @property
     def rows_per_s(self) -> float:
@@ -76,29 +84,24 @@ def unit_rows(wanted: int | str, num_rows: int, row_bytes: int) -> int:
     return max(1, min(UNIT_BYTES // row_bytes, max(SMALLEST_UNIT, share)))
 
 
-def cut(row_groups: Sequence[Sequence[int]], rows: int) -> Iterator[tuple[Slice, ...]]:
-    """Units of at most `rows` rows; row_groups: for each file the rows of each row group.
+def cut(sizes: Sequence[int], rows: int) -> list[int]:
+    """Rows of each unit, at most `rows`; sizes: of the row groups (their planned rows), in order.
 
     Row groups stay whole where they fit, since reading a part of one costs as much as reading all of it.
     """
-    pending: list[Slice] = []
-    for file, group, size in ((f, g, n) for f, sizes in enumerate(row_groups) for g, n in enumerate(sizes) if n):
-        if pending and _count(pending) + size > rows:
-            yield tuple(pending)
-            pending = []
+    units: list[int] = []
+    pending = 0
+    for size in sizes:
+        if pending and pending + size > rows:
+            units.append(pending)
+            pending = 0
+        if size <= rows:
+            pending += size
+            continue
         parts = -(-size // rows)
         bounds = [size * part // parts for part in range(parts + 1)]
-        pieces = [Slice(file, group, a, b) for a, b in itertools.pairwise(bounds)]
-        if parts > 1:
-            yield from ((piece,) for piece in pieces)
-        else:
-            pending += pieces
-    if pending:
-        yield tuple(pending)
-
-
-def _count(slices: Sequence[Slice]) -> int:
-    return sum(piece.stop - piece.start for piece in slices)
+        units += [stop - start for start, stop in itertools.pairwise(bounds)]
+    return [*units, pending] if pending else units
 
 
 def ids_digest(ids: pa.Array | pa.ChunkedArray) -> str:
@@ -132,4 +135,5 @@ def read_record(run: str, unit: int, plan: str) -> Record | None:
 
 def _record(raw: dict[str, object]) -> Record:
     fields = {name: value for name, value in raw.items() if name != "format"}
-    return Record(**fields)  # type: ignore[arg-type]  # our own JSON, its format checked
+    lists = {name: tuple(cast("list[str]", fields.get(name, []))) for name in ("fields", "left")}
+    return Record(**{**fields, **lists})  # type: ignore[arg-type]  # our own JSON, its format checked

@@ -1,0 +1,245 @@
+"""Nights one after the other, without Ray: after each the table equals one made anew from the same source."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from conjoin.jobs.config import RunFile
+from conjoin.jobs.nightly import RunReport, run
+from conjoin.pipeline import embed, embedder, store
+from conjoin.pipeline.runs import run_directory
+from conjoin.pipeline.plan import load_plan
+from conjoin.pipeline.stager import Order, Stager
+
+DATE = dt.date(2026, 1, 1)
+Row = dict[str, object]
+
+
+def picture(number: int) -> bytes:
+    import io
+
+    out = io.BytesIO()
+    rng = np.random.default_rng(number)
+    Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def row(number: int, **changes: object) -> Row:
+    return {
+        "id": f"r{number}",
+        "picture": picture(number),
+        "caption": f"red apple {number}",
+        "price": float(number),
+        "updated": 0,
+        **changes,
+    }
+
+
+@dataclass
+class Shop:
+    """A catalog of a few files in a folder, its nights, and what they embedded."""
+
+    folder: Path
+    encoder: Path
+    embedded: list[tuple[str, int]] = field(default_factory=list)
+    source: dict[str, object] = field(default_factory=dict)
+    more: dict[str, object] = field(default_factory=dict)
+
+    def write(self, **files: Sequence[Row] | None) -> None:
+        """Source files by name; None removes one."""
+        where = self.folder / "source"
+        where.mkdir(exist_ok=True)
+        for name, rows in files.items():
+            path = where / f"{name}.parquet"
+            if rows is None:
+                path.unlink()
+                continue
+            beside = path.with_suffix(".new")
+            pq.write_table(pa.Table.from_pylist(list(rows)), beside, row_group_size=3)
+            beside.replace(path)
+
+    def config(self, where: str = "things.lance", **changes: object) -> RunFile:
+        source = {"path": str(self.folder / "source"), "id": "id", "image": "picture", "text": "caption"}
+        fields: dict[str, object] = {
+            "name": "things",
+            "source": {**source, "keep": ["price"], "split": {"validation": 0, "test": 0}, **self.source},
+            "encoder": str(self.encoder),
+            "table": {"path": str(self.folder / where)},
+            "embed": {"unit_rows": 4},
+            "gates": {"row_change": 10},
+        }
+        return RunFile.model_validate({**fields, **self.more, **changes})
+
+    def night(self, **changes: object) -> RunReport:
+        self.embedded.clear()
+        return run(self.config(**changes), DATE)
+
+    def table(self, name: str = "things.lance") -> pa.Table:
+        return store.open_version(str(self.folder / name)).to_table().sort_by("id")
+
+    def check(self) -> None:
+        """The table equals one that is made anew."""
+        embedded = list(self.embedded)
+        again = f"again{len(list(self.folder.glob('again*.lance')))}.lance"
+        run(self.config(again), DATE)
+        ours, theirs = self.table(), self.table(again)
+        assert ours.schema.equals(theirs.schema, check_metadata=False)
+        assert ours["id"].to_pylist() == theirs["id"].to_pylist()
+        for name in ours.schema.names:
+            if name.endswith("_vec"):
+                mine, other = (np.array([v or [0] * 8 for v in t[name].to_pylist()]) for t in (ours, theirs))
+                np.testing.assert_allclose(mine, other, atol=1e-6)
+            else:
+                assert ours[name].to_pylist() == theirs[name].to_pylist(), name
+        self.embedded[:] = embedded
+
+    def plan(self, report: RunReport) -> Mapping[str, int]:
+        return {
+            k: n
+            for k, n in load_plan(run_directory(str(self.folder / "things.lance"), report.run_id)).counts.items()
+            if n
+        }
+
+
+@pytest.fixture
+def shop(tmp_path: Path, small_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+    made = Shop(tmp_path, small_encoder)
+
+    def here(catalog, plan, numbers, attempt):  # type: ignore[no-untyped-def]  # stands in for the pool of actors
+        stager = Stager(Order(catalog, plan.run_id, attempt.version, attempt.left))
+        for number in numbers:
+            record = stager.stage(number)
+            yield {"rows": record.planned, "quarantined": record.quarantined}
+
+    whole = embedder.Embedder.embed_decoded
+
+    def counted(self, modality, decoded, size):  # type: ignore[no-untyped-def]
+        made.embedded.append((modality, size))
+        return whole(self, modality, decoded, size)
+
+    monkeypatch.setattr(embed, "_run_units", here)
+    monkeypatch.setattr(embedder.Embedder, "embed_decoded", counted)
+    made.write(a=[row(n) for n in range(8)], b=[row(n) for n in range(8, 14)], c=[row(n) for n in range(14, 18)])
+    made.night()
+    yield made
+
+
+def embedded(shop: Shop) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for modality, count in shop.embedded:
+        found[modality] = found.get(modality, 0) + count
+    return found
+
+
+def test_the_first_night_embeds_everything(shop: Shop) -> None:
+    assert embedded(shop) == {"image": 18, "text": 18}
+    shop.check()
+
+
+def test_nothing_changed(shop: Shop) -> None:
+    version = store.head(str(shop.folder / "things.lance")).version
+    assert shop.night().status == "unchanged"
+    assert store.head(str(shop.folder / "things.lance")).version == version
+
+
+def test_new_changed_and_deleted_rows(shop: Shop) -> None:
+    shop.write(a=[row(0), row(1, caption="green"), *(row(n) for n in range(3, 8)), row(100)])
+    report = shop.night()
+    assert shop.plan(report) == {"new": 1, "changed": 1, "changed_text": 1, "unchanged": 6, "deleted": 1, "skipped": 10}
+    assert embedded(shop) == {"text": 2, "image": 1}
+    shop.check()
+
+
+def test_only_prices(shop: Shop) -> None:
+    shop.write(b=[row(n, price=n / 2) for n in range(8, 14)])
+    report = shop.night()
+    assert shop.plan(report) == {"kept": 6, "skipped": 12}
+    assert embedded(shop) == {}
+    shop.check()
+
+
+def test_rows_that_move_between_files(shop: Shop) -> None:
+    shop.write(a=[row(n) for n in range(4)], c=[*(row(n) for n in range(14, 18)), *(row(n) for n in range(4, 8))])
+    report = shop.night()
+    assert shop.plan(report) == {"moved": 4, "unchanged": 8, "skipped": 6}
+    assert embedded(shop) == {}
+    shop.check()
+    shop.write(c=[row(n) for n in range(14, 18)])
+    shop.night()
+    shop.check()
+
+
+def test_all_files_rewritten_under_new_names(shop: Shop) -> None:
+    shop.write(a=None, b=None, c=None, x=[row(n) for n in range(9)], y=[row(n, caption="blue") for n in range(9, 18)])
+    report = shop.night()
+    assert shop.plan(report) == {"changed": 9, "changed_text": 9, "moved": 9}
+    assert embedded(shop) == {"text": 1}
+    shop.check()
+
+
+def test_a_new_encoder(shop: Shop, tmp_path: Path) -> None:
+    from conjoin.encoders.checkpoint import save
+    from conjoin.encoders.joint import build
+    from conjoin.encoders.options import TowerOptions
+
+    towers = {"text": TowerOptions(max_tokens=16, width=16), "image": TowerOptions(size_px=16, width=16)}
+    save(build(towers, 8, ["blue car", "red apple"]), tmp_path / "other", {})
+    shop.encoder = tmp_path / "other"
+    shop.write(
+        a=[row(0), row(1, caption="green", price=7.0), row(2, price=9.0), *(row(n) for n in range(3, 8)), row(100)]
+    )
+    before = shop.table()
+    report = shop.night()
+    assert report.status == "published"
+    assert embedded(shop) == {"image": 19, "text": 19}
+    shop.check()
+    uri = str(shop.folder / "things.lance")
+    assert store.open_version(uri, "previous").to_table().sort_by("id").equals(before)
+    assert [column.encoder for column in store.vector_columns(store.open_version(uri)).values()] == [
+        str(shop.encoder)
+    ] * 2
+
+
+def test_a_modality_more(shop: Shop) -> None:
+    """First only texts, then pictures too."""
+    shop.source = {"image": None}
+    shop.write(a=[row(n) for n in range(6)], b=None, c=None)
+    run(shop.config("texts.lance"), DATE)
+    shop.source = {}
+    shop.embedded.clear()
+    run(shop.config("texts.lance"), DATE)
+    assert embedded(shop) == {"image": 6}
+    shop.night()
+    ours, theirs = shop.table("texts.lance"), shop.table()
+    assert sorted(ours.schema.names) == sorted(theirs.schema.names)
+    for name in theirs.schema.names:
+        assert ours[name].to_pylist() == pytest.approx(theirs[name].to_pylist()) if name == "price" else True
+    assert ours["image_hash"].to_pylist() == theirs["image_hash"].to_pylist()
+
+
+def test_changed_by_spares_reading_the_pictures(shop: Shop) -> None:
+    shop.source = {"changed_by": "updated"}
+    shop.night()
+    shop.check()
+    shop.write(a=[row(0, updated=1, picture=picture(50)), row(1, updated=1), *(row(n) for n in range(2, 8))])
+    report = shop.night()
+    assert embedded(shop) == {"image": 1}
+    assert shop.plan(report)["changed_image"] == 1
+    shop.check()
+
+
+def test_another_kept_column(shop: Shop) -> None:
+    shop.source = {"keep": ["price", "updated"]}
+    report = shop.night()
+    assert embedded(shop) == {}
+    assert shop.plan(report) == {"kept": 18}
+    shop.check()
