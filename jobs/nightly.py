@@ -6,7 +6,6 @@ Assumes: every step is safe to repeat, so a killed night is the same command aga
 from __future__ import annotations
 
 import datetime as dt
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -216,7 +215,7 @@ def _rejected(uri: str, plan: Plan, records: Mapping[int, Record], clock: _Clock
 
 
 def _resumable(night: _Night, *, full: bool) -> Iterator[Plan]:
-    """Unfinished runs, oldest first. One whose base is not live any more (a rollback), or any with `full`, is abandoned."""
+    """Unfinished runs, oldest first; one whose base is live no more (a rollback), or any with `full`, is abandoned."""
     uri = night.catalog.table.path
     for run_id in runs.unfinished(uri):
         plan = load_plan(runs.run_directory(uri, run_id))

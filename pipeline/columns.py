@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Content = Literal["text", "bytes", "uri"]
 _SHOWN_COLUMNS = 12
+LIVE_VERSION = "the live version"  # stands for a file where the columns of an earlier night are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,8 @@ def _merged(config: SourceConfig, name: str, schemas: dict[pa.Schema, str]) -> p
             here, there = field.field(0).type, merged.field(0).type
             what = f"{_role(config, name)}: column {name!r} is {here} here, but {there} in {schemas[first]}"
             advice = "Give the column one type in all files"
+            if schemas[first] == LIVE_VERSION:
+                advice = "Give it its old type again, or make the whole table anew with `conjoin run --full`"
             raise SourceError(what, where=schemas[schema], next=advice) from error
     return merged.field(0).type
 

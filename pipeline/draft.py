@@ -74,8 +74,16 @@ def base_of(uri: str, *, full: bool = False) -> Base:
 
 
 def due_rows(base: Base) -> pa.Table | None:
-    """(id, modality, file) of quarantined values to try again tonight, None if there are none."""
-    return None
+    """Quarantined values to try again tonight, None if there are none: what could not be fetched may come back."""
+    import pyarrow.compute as pc
+
+    from conjoin.pipeline.quarantine import read_quarantine
+
+    found = None if base.live is None else read_quarantine(str(base.live.uri), int(base.live.version))
+    if found is None:
+        return None
+    due = found.filter(pc.equal(found["stage"], "fetch"))
+    return due if due.num_rows else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,8 +356,8 @@ def _write_quarantine(draft: Draft, path: Path) -> None:
     base, connection = draft.base, draft.comparison.connection
     before = None if base.live is None else read_quarantine(str(base.live.uri), int(base.live.version))
     if before is None:
-        before = quarantine_schema(pa.string()).empty_table()
-    connection.register("troubles", before)
+        before = quarantine_schema(_id_type(draft)).empty_table()
+    connection.register("troubles", before.set_column(0, "id", before["id"].cast(_id_type(draft), safe=False)))
     paths = [file.path for file in draft.found.files]
     connection.register("paths", pa.table({"file": list(range(len(paths))), "path": paths}))
     working = f"{_INSERTED} OR {_REWRITTEN} AND retold"
@@ -361,6 +369,10 @@ def _write_quarantine(draft: Draft, path: Path) -> None:
         "LEFT JOIN paths p ON p.file = r.file "
         f"WHERE NOT coalesce({working}, false) AND t.id NOT IN (SELECT id FROM deleted)",
     )
+
+
+def _id_type(draft: Draft) -> pa.DataType:
+    return draft.schema.field("id").type
 
 
 def _write(draft: Draft, path: Path, sql: str) -> None:

@@ -174,8 +174,9 @@ class Gathered:
         table = self.columns
         if table.num_rows != self._num_rows:
             raise AssertionError(f"{table.num_rows} rows gathered, {self._num_rows} planned")
-        for name in [] if carried is None else carried.column_names:
-            table = table.append_column(name, carried[name])
+        if carried is not None:
+            for name, values in zip(carried.column_names, carried.columns, strict=True):
+                table = table.append_column(name, values)
         troubles: list[Trouble] = []
         for modality, vectors in self._by_modality.items():
             matrix, present, found, thumbnails = vectors.finish()

@@ -118,17 +118,18 @@ def load_plan(run: str) -> Plan:
         raise TableError("plan.json does not match its digest", where=run, next="Remove this run's directory")
     files = cast("list[dict[str, object]]", body.pop("files"))
     units = cast("list[dict[str, object]]", body.pop("units"))
-    change = cast("dict[str, list[str]]", body.pop("change"))
+    change = cast("dict[str, object]", body.pop("change"))
     schemas = {name: schema_of_text(str(body.pop(name))) for name in ("schema", "columns")}
     stated = tuple(cast("list[int]", body.pop("stated")))
     return Plan(
         **body,  # type: ignore[arg-type]  # our own JSON, its digest checked
-        **schemas,
+        schema=schemas["schema"],
+        columns=schemas["columns"],
         stated=stated,
         change=Change(
-            tuple(change["added"]),
-            tuple((str(now), str(then)) for now, then in change["renamed"]),
-            tuple(change["dropped"]),
+            added=tuple(cast("list[str]", change["added"])),
+            renamed=tuple((now, then) for now, then in cast("list[list[str]]", change["renamed"])),
+            dropped=tuple(cast("list[str]", change["dropped"])),
         ),
         files=tuple(source_file(file) for file in files),
         units=tuple(Unit.from_json(unit) for unit in units),

@@ -159,7 +159,7 @@ def columns_of_files(
     Raises SourceError naming the file whose columns differ.
     """
     to_open = [storage.FileStat(file.path, file.size_bytes, file.etag) for file in files if file not in unopened]
-    earlier = [] if known is None else [("the live version", known)]
+    earlier = [] if known is None else [(columns.LIVE_VERSION, known)]
     return columns.unify(config, [*earlier, *((stat.uri, foot.schema) for stat, foot in _footers(to_open).items())])
 
 

@@ -27,13 +27,16 @@ from PIL import Image
 
 from conjoin.pipeline import landing, quarantine, store
 from conjoin.pipeline.catalog import Catalog
-from conjoin.pipeline.embed import EmbedConfig, embed
+from conjoin.pipeline.draft import base_of, drafting, freeze
+from conjoin.pipeline.embed import Attempt, EmbedConfig, embed
 from conjoin.pipeline.errors import ConjoinError, SourceError, StorageError, TableError
-from conjoin.pipeline.plan import plan_run, survey
+from conjoin.pipeline.plan import Plan
+from conjoin.pipeline.publish import publish
 from conjoin.pipeline.runs import run_directory
 from conjoin.pipeline.source import SourceConfig
 from conjoin.pipeline.stager import Order, Stager
 from conjoin.pipeline.store import TableConfig
+from conjoin.pipeline.survey import survey
 from conjoin.pipeline.units import read_records
 
 
@@ -76,11 +79,17 @@ def catalog_of(folder: Path, encoder: Path, **columns: pa.Array) -> Catalog:
     )
 
 
+def planned(catalog: Catalog, run_id: str = "things-1", *, full: bool = False) -> Plan:
+    with drafting(catalog, survey(catalog), base_of(catalog.table.path, full=full)) as draft:
+        return freeze(draft, run_id, run_directory(catalog.table.path, run_id))
+
+
 def night(catalog: Catalog, run_id: str = "things-1", *, full: bool = False) -> tuple[pa.Table, pa.Table]:
     """The table and the quarantine after a run."""
     uri = catalog.table.path
-    plan = plan_run(catalog, run_id, survey(catalog), full=full)
-    stager = Stager(Order(catalog, run_id, ahead=0, threads=1))
+    plan = planned(catalog, run_id, full=full)
+    head = store.head(uri)
+    stager = Stager(Order(catalog, run_id, 0 if head is None else int(head.version)))
     for unit in plan.units:
         stager.stage(unit.number)
     run = run_directory(uri, run_id)
@@ -182,10 +191,10 @@ def test_nothing_usable_at_all_is_an_empty_table(tmp_path: Path, small_encoder: 
 
 def test_too_many_bad_rows_stop_the_run_with_the_first_reasons(tmp_path: Path, small_encoder: Path) -> None:
     catalog = catalog_of(tmp_path, small_encoder, text=pa.array(["a", "", "b", ""]))
-    plan = plan_run(catalog, "things-1", survey(catalog), full=False)
-    Stager(Order(catalog, "things-1", ahead=0, threads=1)).stage(0)
+    plan = planned(catalog)
+    Stager(Order(catalog, "things-1")).stage(0)
     with pytest.raises(SourceError) as caught:
-        embed(catalog, plan)
+        embed(catalog, plan, Attempt())
     assert "2 of 4 rows cannot be embedded, 1 may: row1 (text): empty text; row3 (text): empty text" in str(
         caught.value
     )
@@ -334,29 +343,22 @@ def test_a_file_torn_after_it_was_listed(tmp_path: Path, small_encoder: Path) ->
 
 def test_a_file_replaced_while_the_run_reads_it(tmp_path: Path, small_encoder: Path) -> None:
     catalog = catalog_of(tmp_path, small_encoder, text=pa.array(["a", "b", "c"]))
-    plan_run(catalog, "things-1", survey(catalog), full=False)
+    planned(catalog)
     catalog_of(tmp_path, small_encoder, id=pa.array(["x", "y", "z"]), text=pa.array(["a", "b", "c"]))
-    with pytest.raises(SourceError, match=r"ids differ from the plan.*rows\.parquet row group 0.*--full"):
-        Stager(Order(catalog, "things-1", ahead=0, threads=1)).stage(0)
+    with pytest.raises(SourceError, match=r"ids differ from the plan.*rows\.parquet row group 0.*next night"):
+        Stager(Order(catalog, "things-1")).stage(0)
 
 
-def test_a_table_that_another_encoder_filled(tmp_path: Path, small_encoder: Path) -> None:
-    from conjoin.encoders.checkpoint import save
-    from conjoin.encoders.joint import build
-    from conjoin.encoders.options import TowerOptions
-
+def test_ids_of_another_type_take_a_whole_new_table(tmp_path: Path, small_encoder: Path) -> None:
     catalog = catalog_of(tmp_path, small_encoder, text=pa.array(["a", ""]))
     before, _ = night(catalog)
-    save(build({"text": TowerOptions(max_tokens=16, width=32)}, 8, ["red apple"]), tmp_path / "other", {})
-    other = replace(catalog, encoder=str(tmp_path / "other"))
-    error = fatal(other)
-    assert isinstance(error, TableError)
-    assert "another encoder filled this table" in error.what
-    assert str(small_encoder) in error.what
-    assert catalog.table.path in error.where
-    assert error.next == "Name another table.path, or replace this one with `conjoin run --full`"
+    publish(catalog.table.path, 1, "things-1")
+    numbers = catalog_of(tmp_path, small_encoder, id=pa.array([1, 2]), text=pa.array(["a", ""]))
+    error = fatal(numbers)
+    assert isinstance(error, SourceError)
+    assert "source.id: column 'id' is int64 here, but string in the live version" in str(error)
+    assert "--full" in error.next
     assert store.open_version(catalog.table.path, None).to_table() == before
-    numbers = catalog_of(tmp_path, tmp_path / "other", id=pa.array([1, 2]), text=pa.array(["a", ""]))
     table, bad = night(numbers, "things-3", full=True)
     assert table["id"].to_pylist() == [1]
     assert bad["id"].to_pylist() == ["2"]

@@ -78,7 +78,8 @@ def gather(*chunks: Chunk, embedder: LengthEmbedder | None = None) -> tuple[pa.T
     made = Gathered(embedder or LengthEmbedder(), SCHEMA, ("text", "image"), rows)  # type: ignore[arg-type]
     for one in chunks:
         made.add(one)
-    return made.finish()
+    table, usable, troubles = made.finish()
+    return table.select(SCHEMA.names).filter(pa.array(usable)).cast(SCHEMA), troubles
 
 
 def test_rows_keep_their_order_and_missing_values_are_null() -> None:

@@ -12,15 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from conjoin.encoders.spec import EncoderSpec, ImageTransform, TextTransform, TowerSpec
-from conjoin.pipeline import plan as planning
+from conjoin.pipeline import layout
 from conjoin.pipeline.catalog import Catalog
+from conjoin.pipeline.draft import base_of, drafting, freeze
 from conjoin.pipeline.embed import EmbedConfig
 from conjoin.pipeline.errors import SourceError, TableError
-from conjoin.pipeline.plan import Plan, Survey, check_resumable, is_current, load_plan, plan_run
+from conjoin.pipeline.plan import Plan, changed_since, load_plan, open_rows
 from conjoin.pipeline.runs import finish, next_run_id, run_directory, run_ids, unfinished
 from conjoin.pipeline.source import SourceConfig, list_source
 from conjoin.pipeline.state import FileState, Manifest
-from conjoin.pipeline.store import TableConfig, vector_columns
+from conjoin.pipeline.store import TableConfig
+from conjoin.pipeline.survey import Survey, config_digest, is_current
 from conjoin.pipeline.units import ids_digest
 
 SPEC = EncoderSpec(
@@ -58,31 +60,35 @@ def write(path: Path, ids: list[str | None], kind: pa.DataType | None = None) ->
 
 
 def survey_of(catalog: Catalog, fingerprint: str = "f" * 32) -> Survey:
-    return Survey(list_source(catalog.source), SPEC, fingerprint, planning._config_digest(catalog))
+    return Survey(list_source(catalog.source), SPEC, fingerprint, config_digest(catalog))
 
 
 def made(catalog: Catalog, run_id: str = "things-2026-01-01") -> Plan:
-    return plan_run(catalog, run_id, survey_of(catalog), full=False)
+    with drafting(catalog, survey_of(catalog), base_of(catalog.table.path)) as draft:
+        return freeze(draft, run_id, run_directory(catalog.table.path, run_id))
 
 
 def test_a_plan_is_frozen_with_one_row_group_per_unit(catalog: Catalog) -> None:
     plan = made(catalog)
     run = run_directory(catalog.table.path, plan.run_id)
     assert load_plan(run) == plan
-    assert (plan.counts, plan.rows, plan.base_version, plan.thumbnail_px) == ({"new": 5}, 5, 0, 96)
-    with planning.open_rows(run) as rows:
+    assert {kind: count for kind, count in plan.counts.items() if count} == {"new": 5}
+    assert (plan.rows, plan.base_version, plan.thumbnail_px) == (5, 0, 96)
+    with open_rows(run, plan) as rows:
         tables = [rows.read_row_group(unit.number) for unit in plan.units]
     assert [table["id"].to_pylist() for table in tables] == [["a0", "a1"], ["a2"], ["b0", "b1"]]
     assert [table["unit"].unique().to_pylist() for table in tables] == [[0], [1], [2]]
     assert [ids_digest(table["id"]) for table in tables] == [unit.ids for unit in plan.units]
-    assert tables[1].drop_columns(["unit", "id"]).to_pylist() == [{"file": 0, "row_group": 1, "row": 0}]
+    assert tables[1].select(["file", "row_group", "row"]).to_pylist() == [{"file": 0, "row_group": 1, "row": 0}]
 
 
 def test_a_large_row_group_is_cut_at_fixed_rows(catalog: Catalog, tmp_path: Path) -> None:
     cut = replace(catalog, embed=EmbedConfig(unit_rows=1))
     plan = made(cut)
-    with planning.open_rows(run_directory(catalog.table.path, plan.run_id)) as rows:
-        tables = [rows.read_row_group(unit.number).drop_columns(["unit", "file"]).to_pylist() for unit in plan.units]
+    with open_rows(run_directory(catalog.table.path, plan.run_id), plan) as rows:
+        tables = [
+            rows.read_row_group(unit.number).select(["row_group", "row", "id"]).to_pylist() for unit in plan.units
+        ]
     assert tables[:3] == [
         [{"row_group": 0, "row": 0, "id": "a0"}],
         [{"row_group": 0, "row": 1, "id": "a1"}],
@@ -91,7 +97,16 @@ def test_a_large_row_group_is_cut_at_fixed_rows(catalog: Catalog, tmp_path: Path
 
 
 def test_the_same_source_gives_the_same_plan(catalog: Catalog) -> None:
-    assert made(catalog) == made(catalog)
+    one, two = made(catalog, "r1"), made(catalog, "r2")
+    assert one.folder != two.folder
+    assert replace(one, run_id="", folder="", digest="") == replace(two, run_id="", folder="", digest="")
+
+
+def test_a_run_is_planned_once(catalog: Catalog, tmp_path: Path) -> None:
+    """Two processes that plan the same run at the same time go on with one plan."""
+    one = made(catalog)
+    write(tmp_path / "source/new.parquet", ["n0"])
+    assert made(catalog) == one
 
 
 def test_the_schema_is_the_tables(catalog: Catalog) -> None:
@@ -104,7 +119,7 @@ def test_the_schema_is_the_tables(catalog: Catalog) -> None:
 def test_float16_where_asked_or_where_float32_would_be_large(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = replace(catalog, table=catalog.table.model_copy(update={"vector_dtype": "float16"}))
     assert made(asked).schema.field("text_vec").type.value_type == pa.float16()
-    monkeypatch.setattr(planning, "FLOAT16_FROM_BYTES", 5 * 2 * 8 * 4)
+    monkeypatch.setattr(layout, "FLOAT16_FROM_BYTES", 5 * 2 * 8 * 4)
     assert made(catalog).schema.field("text_vec").type.value_type == pa.float16()
 
 
@@ -148,57 +163,35 @@ def test_integer_ids(catalog: Catalog, tmp_path: Path) -> None:
 def test_somebody_elses_table_is_not_planned_over(catalog: Catalog) -> None:
     lance.write_dataset(pa.table({"id": ["x"]}), catalog.table.path)
     with pytest.raises(TableError, match="not made by conjoin"):
-        plan_run(catalog, "r", survey_of(catalog), full=True)
-
-
-def test_another_encoders_table_needs_full(catalog: Catalog) -> None:
-    first = made(catalog)
-    lance.write_dataset(first.schema.empty_table(), catalog.table.path)
-    assert vector_columns(lance.dataset(catalog.table.path))["text_vec"].fingerprint == "f" * 32
-    with pytest.raises(TableError, match="another encoder filled"):
-        plan_run(catalog, "r2", survey_of(catalog, "0" * 32), full=False)
-    assert plan_run(catalog, "r2", survey_of(catalog, "0" * 32), full=True).base_version == 1
-
-
-def test_an_unchanged_source_may_be_resumed_also_from_another_directory(catalog: Catalog, tmp_path: Path) -> None:
-    plan, now = made(catalog), survey_of(catalog)
-    check_resumable(plan, now)
-    write(tmp_path / "source/new.parquet", ["n0"])
-    check_resumable(plan, survey_of(catalog))
-    check_resumable(plan, replace(now, files=()))
+        base_of(catalog.table.path, full=True)
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "another-day"])
-@pytest.mark.parametrize(("change", "message"), [("replace", "a.parquet changed"), ("remove", "a.parquet is gone")])
-def test_a_changed_source_is_named(catalog: Catalog, tmp_path: Path, change: str, message: str, listed: bool) -> None:
+def test_files_that_changed_since_the_plan_are_named(catalog: Catalog, tmp_path: Path, listed: bool) -> None:
     plan = made(catalog)
-    (tmp_path / "source/a.parquet").unlink()
-    if change == "replace":
-        write(tmp_path / "source/a.parquet", ["a0", "a9"])
-    now = survey_of(catalog)
-    with pytest.raises(SourceError, match=message) as raised:
-        check_resumable(plan, now if listed else replace(now, files=()))
-    assert "--full" in raised.value.next
 
+    def changed() -> dict[str, str]:
+        now = {file.path: file for file in survey_of(catalog).files} if listed else {}
+        return {Path(path).name: what for path, what in changed_since(plan, now).items()}
 
-def test_another_encoder_or_configuration_is_not_resumed(catalog: Catalog) -> None:
-    plan = made(catalog)
-    with pytest.raises(TableError, match="another encoder"):
-        check_resumable(plan, survey_of(catalog, "0" * 32))
-    with pytest.raises(TableError, match="other columns"):
-        check_resumable(plan, replace(survey_of(catalog), config="other"))
+    write(tmp_path / "source/new.parquet", ["n0"])
+    assert changed() == {}
+    (tmp_path / "source/b.parquet").unlink()
+    write(tmp_path / "source/a.parquet", ["a0", "a9"])
+    assert changed() == {"a.parquet": "changed", "b.parquet": "is gone"}
 
 
 def test_current_means_same_files_encoder_and_configuration(catalog: Catalog, tmp_path: Path) -> None:
     now = survey_of(catalog)
     files = tuple(FileState(file, "") for file in now.files)
     live = Manifest("r", now.fingerprint, "/e", now.config, "p", 5, files, ("r",))
-    assert is_current(live, now)
-    assert not is_current(None, now)
-    assert not is_current(live, survey_of(catalog, "0" * 32))
-    assert not is_current(replace(live, config="other"), now)
+    assert is_current(live, now, "auto")
+    assert not is_current(None, now, "auto")
+    assert not is_current(live, survey_of(catalog, "0" * 32), "auto")
+    assert not is_current(replace(live, config="other"), now, "auto")
+    assert not is_current(live, now, "bf16")
     write(tmp_path / "source/new.parquet", ["n0"])
-    assert not is_current(live, survey_of(catalog))
+    assert not is_current(live, survey_of(catalog), "auto")
 
 
 def test_run_ids_count_up_within_a_day(catalog: Catalog) -> None:

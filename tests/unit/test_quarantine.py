@@ -50,7 +50,7 @@ def publish(uri: str, run_id: str, *quarantine: str) -> None:
     schema = pa.schema([pa.field("id", pa.string(), nullable=False), field])
     head = store.head(uri)
     table = pa.table([pa.array(["a"]), pa.array([[1.0, 0.0]], field.type)], schema=schema)
-    fragments = [store.stage(uri, table, first=head is None)]
+    fragments = [store.stage(uri, table, mode="create" if head is None else "overwrite")]
     manifest = state.Manifest(run_id, "f", "e", "c", "p", 1, (), quarantine)
     state.write_manifest(uri, manifest)
     version = 0 if head is None else int(head.version)

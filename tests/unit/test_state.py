@@ -12,7 +12,7 @@ from conjoin.pipeline import quarantine, state, store
 from conjoin.pipeline.errors import StorageError, TableError
 from conjoin.pipeline.source import SourceFile
 
-FILES = [SourceFile(f"/s/{n}.parquet", 10 + n, f"e{n}", rows, (rows,)) for n, rows in enumerate((3, 0, 2))]
+FILES = {n: SourceFile(f"/s/{n}.parquet", 10 + n, f"e{n}", rows, (rows,)) for n, rows in enumerate((3, 0, 2))}
 SCHEMA = state.state_schema(pa.string(), ["text"])
 
 
@@ -54,9 +54,9 @@ def test_one_state_file_per_source_file(uri: str) -> None:
     assert ids == {"/s/0.parquet": ["a", "b", "c"], "/s/1.parquet": [], "/s/2.parquet": ["d", "e"]}
 
 
-def test_state_of_a_missing_file_is_an_error(uri: str) -> None:
-    with pytest.raises(TableError, match="1 source files out of 3"):
-        state.write_state(uri, "r1", FILES, PARTS[:1])
+def test_state_of_a_file_that_nobody_named_is_an_error(uri: str) -> None:
+    with pytest.raises(TableError, match=r"files \[2\] that the plan does not name"):
+        state.write_state(uri, "r1", {n: FILES[n] for n in (0, 1)}, PARTS)
 
 
 def test_the_manifest_is_found_from_the_version(uri: str) -> None:

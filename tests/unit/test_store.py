@@ -42,7 +42,7 @@ def rows(schema: pa.Schema, ids: Sequence[str]) -> pa.Table:
 
 def work(uri: str, run_id: str, parts: Sequence[Sequence[str]], **changes: object) -> store.Commit:
     schema, head = store.table_schema(layout(**changes)), store.head(uri)
-    fragments = [store.stage(uri, rows(schema, ids), first=head is None) for ids in parts]
+    fragments = [store.stage(uri, rows(schema, ids), mode="create" if head is None else "overwrite") for ids in parts]
     version = 0 if head is None else int(head.version)
     return store.Commit(run_id, schema, fragments, version, {store.FINGERPRINT: "f" * 32, store.PLAN: "p"})
 
