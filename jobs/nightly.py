@@ -159,7 +159,7 @@ def _expected(uri: str, plan: Plan) -> Expected:
     return Expected(manifest_of_run(uri, plan.run_id).rows, plan.fingerprint, columns)
 
 
-def _attempt(night: _Night, plan: Plan) -> Attempt:
+def _attempt(night: _Night, plan: Plan, *, resumed: bool) -> Attempt:
     """Columns that edits will fill are there first; files that changed since the plan are left to the next night."""
     uri = night.catalog.table.path
     head = store.head(uri)
@@ -167,7 +167,7 @@ def _attempt(night: _Night, plan: Plan) -> Attempt:
         check_lease(night.lease)
         add_columns(head, pa.schema([plan.working.field(name) for name in plan.change.added]))
         head = store.open_version(uri, None)
-    left = frozenset(changed_since(plan, {}))
+    left = frozenset(changed_since(plan, {}) if resumed else ())
     version = 0 if head is None else int(head.version)
     return Attempt(version, left, night.config.cluster.address, lambda: check_lease(night.lease))
 
@@ -219,13 +219,26 @@ def _resumable(night: _Night, *, full: bool) -> Iterator[Plan]:
     uri = night.catalog.table.path
     for run_id in runs.unfinished(uri):
         plan = load_plan(runs.run_directory(uri, run_id))
-        live = _live_run(uri)
-        stale = not plan.whole and live not in (plan.base_run, run_id)
-        if not stale and not (full and store.committed(uri, run_id) is None):
+        problem = "" if store.committed(uri, run_id) and not full else _obstacle(uri, plan, full=full)
+        if _is_stale(uri, plan):
+            problem = f"built on run {plan.base_run}, live is {_live_run(uri) or 'nothing'}"
+        if not problem:
             yield plan
             continue
-        problem = f"built on run {plan.base_run}, live is {live or 'nothing'}" if stale else "started over by --full"
         runs.finish(uri, run_id, RunReport(run_id, "abandoned", problem=problem).to_json())
+
+
+def _obstacle(uri: str, plan: Plan, *, full: bool) -> str:
+    """Why an uncommitted plan is given up, empty if it is finished first."""
+    if full and store.committed(uri, plan.run_id) is None:
+        return "started over by --full"
+    if not read_records(runs.run_directory(uri, plan.run_id), plan.digest) and changed_since(plan, {}):
+        return "the source changed before the first unit was done"
+    return ""
+
+
+def _is_stale(uri: str, plan: Plan) -> bool:
+    return not plan.whole and _live_run(uri) not in (plan.base_run, plan.run_id)
 
 
 def _live_run(uri: str) -> str:
