@@ -43,7 +43,7 @@ def query(
         list[str] | None,
         typer.Option(
             "--param",
-            help="a value for $name (name=value) or for the next ? (value); JSON where it is some, else text; repeatable",
+            help="name=value for $name, or a value for the next ?; JSON if it is some, else text; repeatable",
         ),
     ] = None,
     out: Out = None,

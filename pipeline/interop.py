@@ -41,7 +41,7 @@ class ConjoinFunction(EmbeddingFunction):
     def ndims(self) -> int:
         return self.dim
 
-    def compute_query_embeddings(self, query: object, *args: object, **kwargs: object) -> list[np.ndarray]:
+    def compute_query_embeddings(self, query: object, *_: object, **__: object) -> list[np.ndarray]:
         """(1, D): words, or a picture as PIL image or bytes. Raises QueryError or EncoderError."""
         modality, value = _value(query)
         encoder = _encoder(self.encoder, self.fingerprint)
@@ -53,7 +53,7 @@ class ConjoinFunction(EmbeddingFunction):
             raise QueryError(f"the query cannot be embedded as {modality}: {reason}")
         return [found.vectors[0]]
 
-    def compute_source_embeddings(self, *args: object, **kwargs: object) -> list[np.ndarray]:
+    def compute_source_embeddings(self, *_: object, **__: object) -> list[np.ndarray]:
         raise TableError(
             f"rows are not added to a conjoin table by hand: the {self.modality} would be embedded here, and the row's "
             "id would be in no state",
