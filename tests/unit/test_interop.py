@@ -104,7 +104,7 @@ def test_a_folder_with_another_encoder_is_refused(interop: object, tmp_path: Pat
 
 def test_adding_rows_without_vectors_is_refused(interop: object, uri: str) -> None:
     table = opened(uri)
-    with pytest.raises(TableError, match="not added to a conjoin table by hand.*conjoin run"):
+    with pytest.raises(TableError, match=r"not added to a conjoin table by hand.*conjoin run"):
         table.add([{"id": "new", "price": 1.0, "text": "red apple"}])
     assert table.count_rows() == NUM_ROWS
 

@@ -13,7 +13,7 @@ import pytest
 from conjoin.pipeline.errors import ConjoinError
 from conjoin.pipeline.query import Table, open_table
 
-SECRET = "the launch code is 4711"  # noqa: S105
+SECRET = "the launch code is 4711"
 # {csv}, {parquet}, {text}: files that are there; {new}: one that is not; {folder}: theirs.
 ATTEMPTS = r"""
 COPY things TO '{new}.csv'
