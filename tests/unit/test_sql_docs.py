@@ -61,7 +61,7 @@ def test_an_example_does_what_the_page_says(catalog: Table, sql: str) -> None:
 
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory: pytest.TempPathFactory, small_encoder: Path) -> Iterator[Table]:
-    """`products` in two versions, `previous` and `live`, with what the run file would name; in the current directory."""
+    """`products` as `previous` and as `live`, with what the run file would name; in the current directory."""
     folder = tmp_path_factory.mktemp("catalog")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
