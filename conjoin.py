@@ -15,7 +15,8 @@ _here = Path(__file__).resolve().parent
 __path__ = [str(_here / "conjoin" if (_here / "conjoin").is_dir() else _here)]
 
 _NAMES = {
-    "open": ("conjoin.pipeline.query", "open_table"),
+    "open": ("conjoin.jobs.target", "open_target"),
+    "interop": ("conjoin.pipeline.interop", ""),
     "load": ("conjoin.pipeline.embedder", "load"),
     "import_encoder": ("conjoin.pipeline.exchange", "import_encoder"),
     "export_encoder": ("conjoin.pipeline.exchange", "export_encoder"),
@@ -31,7 +32,8 @@ def __getattr__(name: str) -> object:
     if name not in _NAMES:
         raise AttributeError(f"module 'conjoin' has no attribute {name!r}")
     module, attribute = _NAMES[name]
-    return getattr(importlib.import_module(module), attribute)
+    loaded = importlib.import_module(module)
+    return getattr(loaded, attribute) if attribute else loaded
 
 
 def __dir__() -> list[str]:

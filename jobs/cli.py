@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from conjoin.jobs import queries
+from conjoin.jobs.queries import Csv, Json, Out, one_style, query
+
 if TYPE_CHECKING:
     from conjoin.jobs.config import RunFile
-    from conjoin.jobs.render import Style
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,11 +35,8 @@ File = Annotated[Path, typer.Argument(help="the run file", show_default=True)]
 Table = Annotated[str, typer.Argument(help="the run file, or a table's path (.lance)", metavar="[FILE]")]
 Set = Annotated[list[str], typer.Option("--set", help="override a field: --set train.epochs=3", metavar="FIELD=VALUE")]
 Date = Annotated[str | None, typer.Option("--date", help="the logical date, ${DATE} in the run file; default: today")]
-Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
-Csv = Annotated[bool, typer.Option("--csv", help="comma-separated values on stdout")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="write a .parquet, .csv or .json file")]
 Form = Literal["sentence-transformers", "transformers"]
-DEFAULT = Path("conjoin.yaml")
+DEFAULT = Path(queries.DEFAULT)
 
 
 def main() -> None:
@@ -88,12 +87,6 @@ def _target_and(words: list[str], what: str) -> tuple[str, str]:
     if not words or (len(words) == 1 and words[0].endswith((".lance", ".yaml", ".yml"))):
         raise typer.BadParameter(f"{what} is missing")
     return (words[0] if len(words) == 2 else str(DEFAULT)), words[-1]
-
-
-def _style(as_json: bool, as_csv: bool, out: Path | None) -> Style:
-    if as_json + as_csv + (out is not None) > 1:
-        raise typer.BadParameter("one of --json, --csv and --out")
-    return "json" if as_json else "csv" if as_csv else "table"
 
 
 def _logical_date(date: str | None) -> dt.date:
@@ -238,31 +231,7 @@ def run(
     print(json.dumps(report.to_json(), indent=1) if as_json else night_report(report))
 
 
-@app.command()
-def query(
-    words: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[FILE] SQL", help="SELECT ... with text('..'), image('file'), distance(column, vector)"
-        ),
-    ],
-    out: Out = None,
-    as_csv: Csv = False,
-    as_json: Json = False,
-    explain: Annotated[bool, typer.Option("--explain", help="say how it would be answered, do not answer it")] = False,
-) -> None:
-    """Answer SQL over the published table; FILE is a run file or a table's path."""
-    from conjoin.jobs.config import table_of
-    from conjoin.jobs.render import write_rows
-    from conjoin.pipeline.query import open_table
-
-    target, sql = _target_and(words, "the SQL")
-    style = _style(as_json, as_csv, out)
-    table = open_table(table_of(target))
-    if explain:
-        print(table.explain(sql))
-        return
-    write_rows(table.sql(sql).to_arrow(), out=out, style=style)
+app.command()(query)
 
 
 @app.command()
@@ -280,7 +249,7 @@ def search(
     from conjoin.jobs.render import readable, write_rows
     from conjoin.pipeline.query import open_table
 
-    given, style = words or [], _style(as_json, as_csv, out)
+    given, style = words or [], one_style(as_json, as_csv, out)
     if image is not None and len(given) > 1:
         raise typer.BadParameter("search for words or for an --image, not both")
     target, text = _target_and(given, "what to look for") if image is None else ((given or [str(DEFAULT)])[0], None)

@@ -10,10 +10,10 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from conjoin.pipeline.embed import EmbedConfig
 from conjoin.pipeline.errors import ConfigError
@@ -24,6 +24,7 @@ from conjoin.pipeline.section import Section
 from conjoin.pipeline.source import SourceConfig
 from conjoin.pipeline.store import TableConfig
 
+_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -35,10 +36,21 @@ class ClusterConfig(Section):
     price_per_gpu_hour: float | None = Field(None, gt=0)
 
 
+class NamedTable(Section):
+    """A Parquet, CSV or Lance table that SQL can join; a bare path stands for `{path: ...}`."""
+
+    path: str | list[str] = Field(min_length=1, description="a file, a glob, a directory, a list, or <name>.lance")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, given: object) -> object:
+        return {"path": given} if isinstance(given, str | list) else given
+
+
 class RunFile(Section):
     """The whole run file."""
 
-    name: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="the table's name in SQL")
+    name: str = Field(pattern=_NAME, description="the table's name in SQL")
     source: SourceConfig
     encoder: str | None = Field(None, description="a trained encoder folder; nights and queries use it")
     table: TableConfig
@@ -47,6 +59,14 @@ class RunFile(Section):
     gates: Gates = Gates()
     train: TrainConfig = TrainConfig()
     cluster: ClusterConfig = ClusterConfig()
+    tables: dict[Annotated[str, Field(pattern=_NAME)], NamedTable] = Field({}, description="that SQL can join, by name")
+
+    @model_validator(mode="after")
+    def _check_table_names(self) -> Self:
+        lower = [name.lower() for name in (self.name, *self.tables)]
+        if twice := next((name for name in self.tables if lower.count(name.lower()) > 1), None):
+            raise ValueError(f"tables: the name {twice!r} is taken; SQL knows no capitals")
+        return self
 
 
 def load(file: str | Path = "conjoin.yaml", *, date: dt.date | None = None, **overrides: object) -> RunFile:
@@ -131,7 +151,8 @@ def _explain(error: ValidationError) -> str:
 
 
 def _known(path: tuple[int | str, ...]) -> list[str]:
-    model: Any = RunFile
+    model: Any = NamedTable if path[:1] == ("tables",) and len(path) > 1 else RunFile
+    path = () if model is NamedTable else path
     for part in path:
         field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
         if field is None:

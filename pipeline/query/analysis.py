@@ -151,8 +151,7 @@ def _refer(analysis: Analysis, scope: Scope, table: exp.Table, relations: Mappin
 def _relation(table: exp.Table, relations: Mapping[str, Relation]) -> Relation:
     relation = relations.get(table.name.lower())
     if relation is None:
-        known = [relation.name for relation in relations.values()]
-        raise QueryError(f"there is no table {table.name!r}{nearest_name(table.name, known)}")
+        raise QueryError(f"there is no table {table.name!r}{nearest_name(table.name, relations)}")
     return relation
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from conjoin.pipeline.errors import QueryError
 from conjoin.pipeline.query.functions import FUNCTIONS
+from conjoin.pipeline.query.parse import is_allowed
 from conjoin.pipeline.query.relations import nearest_name
 
 if TYPE_CHECKING:
@@ -68,6 +69,15 @@ class Engine:
             if self._connection is None:
                 self._connection = duckdb.connect(":memory:", config=_CONFIG)
             return self._connection.cursor()
+
+
+def function_names() -> list[str]:
+    """DuckDB's functions whose names are words and that a query may call, for completion."""
+    import duckdb
+
+    with duckdb.connect(":memory:", config=_CONFIG) as connection:
+        rows = connection.sql("SELECT DISTINCT function_name FROM duckdb_functions() ORDER BY 1").fetchall()
+    return [name for (name,) in rows if re.fullmatch(r"[a-z][a-z0-9_]+", name) and is_allowed(name)]
 
 
 def _columns(sources: Mapping[str, object]) -> Iterable[str]:

@@ -88,6 +88,25 @@ def parse_condition(text: str) -> exp.Expr:
     return where.this
 
 
+def statements(text: str) -> tuple[list[str], str]:
+    """Every statement that a `;` ends, without it, and the rest; a `;` in a string or comment ends nothing."""
+    try:
+        tokens = sqlglot.tokenize(text, read=DIALECT)
+    except TokenError:  # an open string or comment: more is to come
+        return [], text
+    found, start = [], 0
+    for token in tokens:
+        if token.token_type == TokenType.SEMICOLON:
+            found.append(text[start : token.start].strip())
+            start = token.end + 1
+    return [statement for statement in found if statement], text[start:]
+
+
+def is_allowed(name: str) -> bool:
+    """Whether a query may call the function of this name."""
+    return not _REFUSED_FUNCTION.match(name)
+
+
 def _trees(sql: str, numbered: str, tokens: Sequence[Token]) -> list[exp.Expr]:
     try:
         return [

@@ -53,7 +53,8 @@ def _plan(analysis: Analysis, rewritten: Rewritten, reference: Reference) -> Rea
     columns = tuple(name for name in reference.relation.schema.names if name in reference.columns)
     columns = columns or (_cheapest(reference.relation.schema),)
     if reference.relation.dataset is None:
-        return Read(reference, columns, None, (), None, "a frame given by name")
+        reason = f"files of {reference.relation.uri}" if reference.relation.uri else "a frame given by name"
+        return Read(reference, columns, None, (), None, reason)
     pushed, kept = _split(analysis, reference)
     text = " AND ".join(pushed) or None
     top, reason = _top(rewritten, reference, kept)

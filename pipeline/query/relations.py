@@ -17,19 +17,21 @@ from conjoin.pipeline.errors import QueryError
 
 if TYPE_CHECKING:
     import lance
+    import pyarrow.dataset as ds
 
 
 @dataclass(frozen=True, slots=True)
 class Relation:
     """A table as SQL sees it. schema: float16 vectors appear as float32, since DuckDB has no half floats.
 
-    dataset: the Lance table at its pinned version, None for a frame; frame: the rows of a frame, None for a table.
+    dataset: the Lance table at its pinned version, None for a frame; frame: the rows of a frame, or the files of a
+    named table, which DuckDB reads by itself; None for a Lance table.
     """
 
     name: str
     schema: pa.Schema
     dataset: lance.LanceDataset | None = None
-    frame: pa.Table | None = None
+    frame: pa.Table | ds.Dataset | None = None
     vectors: Mapping[str, store.VectorColumn] = field(default_factory=dict)
     uri: str = ""
 

@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from conjoin.pipeline.errors import QueryError
+
 if TYPE_CHECKING:
     import pandas as pd
+    import polars as pl
 
 _SHOWN_ROWS = 50
 _SHOWN_CHARS = 80
@@ -41,6 +44,16 @@ class Result:
 
     def to_pandas(self) -> pd.DataFrame:
         return self.table.to_pandas()
+
+    def to_polars(self) -> pl.DataFrame:
+        """Raises QueryError without polars."""
+        try:
+            import polars as pl
+        except ImportError:
+            raise QueryError("polars is not installed", next='pip install "conjoin[polars]"') from None
+        frame = pl.from_arrow(self.table)
+        assert isinstance(frame, pl.DataFrame)
+        return frame
 
     def to_pylist(self) -> list[dict[str, object]]:
         return self.table.to_pylist()

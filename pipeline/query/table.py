@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import posixpath
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from conjoin.pipeline.query.planner import Read, plan_reads
 from conjoin.pipeline.query.relations import Relation, frame_relation, nearest_name, table_relation
 from conjoin.pipeline.query.result import Result
 from conjoin.pipeline.query.search import Choice, candidates, choose, scan
+from conjoin.pipeline.query.tables import NamedTables, Relations, describe
 from conjoin.pipeline.query.vectors import QueryVectors
 
 if TYPE_CHECKING:
@@ -49,11 +50,20 @@ class _Prepared:
 class Table:
     """A Lance table at a tag or version. Safe to share between threads."""
 
-    def __init__(self, uri: str, version: str | int | None = store.LIVE, name: str | None = None) -> None:
-        """name: what SQL calls it; default: the file's name. Raises TableError if it cannot be opened."""
+    def __init__(
+        self,
+        uri: str,
+        version: str | int | None = store.LIVE,
+        name: str | None = None,
+        tables: Mapping[str, str | Sequence[str]] | None = None,
+    ) -> None:
+        """name: what SQL calls it; default: the file's name; tables: paths of others by name (query/tables.py).
+
+        Raises TableError if it cannot be opened.
+        """
         self.uri = uri.rstrip("/")
         self.name = name or posixpath.basename(self.uri).removesuffix(".lance")
-        self._wanted = version
+        self._wanted, self._named = version, NamedTables(tables)
         self._lock = threading.Lock()
         self._engine, self._vectors = Engine(), QueryVectors()
         self._settings: tuple[tuple[str, int], Mapping[str, Setting]] | None = None
@@ -75,6 +85,19 @@ class Table:
         the like whose encoder cannot be loaded.
         """
         return self._answer(parse(query), params, frames)
+
+    def tables(self) -> pa.Table:
+        """What SQL can name: one row per table, its own first."""
+        names = [self.name, *self._named.paths]
+        places = [self.uri, *(", ".join(paths) for paths in self._named.paths.values())]
+        return pa.table({"table": names, "path": places})
+
+    def describe(self, name: str | None = None) -> pa.Table:
+        """One row per column of a table. Raises QueryError if there is none of that name."""
+        relations, wanted = self._relations({}), (name or self.name).lower()
+        if wanted not in relations:
+            raise QueryError(f"there is no table {name!r}{nearest_name(wanted, relations)}")
+        return describe(relations[wanted])
 
     def explain(self, query: str, params: Params = None, **frames: object) -> str:
         """How a query would be answered, in plain words, without answering it."""
@@ -156,15 +179,16 @@ class Table:
         versions = {name: int(dataset.version) for name, dataset in pinned.items() if dataset is not None}
         return _Prepared(sql, bound, reads, rewritten, versions)
 
-    def _relations(self, frames: Mapping[str, object]) -> dict[str, Relation]:
+    def _relations(self, frames: Mapping[str, object]) -> Relations:
         found = {self.name.lower(): self._relation()}
         for name, value in frames.items():
-            if name.lower() in found:
+            if name.lower() in found or name in self._named:
                 raise QueryError(
-                    f"the name {name!r} is taken by the table itself", next="Pass the frame by another name"
+                    f"the name {name!r} is taken by {'the table itself' if name.lower() in found else 'a named table'}",
+                    next="Pass the frame by another name",
                 )
             found[name.lower()] = value._relation(name) if isinstance(value, Table) else frame_relation(name, value)
-        return found
+        return Relations(found, self._named)
 
     def _relation(self, name: str | None = None) -> Relation:
         return table_relation(name or self.name, self.uri, self._current())
@@ -225,14 +249,20 @@ def _explain(read: Read, choice: Choice | None, versions: Mapping[str, int]) -> 
     return "\n  ".join(parts)
 
 
-def open_table(path: str, version: str | int | None = store.LIVE, name: str | None = None) -> Table:
+def open_table(
+    path: str,
+    version: str | int | None = store.LIVE,
+    name: str | None = None,
+    tables: Mapping[str, str | Sequence[str]] | None = None,
+) -> Table:
     """A table for queries: its path (local or s3://), or a directory that holds exactly one table.
 
-    version: a tag (`live`, `previous`), a number, or None for the newest, published or not.
+    version: a tag (`live`, `previous`), a number, or None for the newest, published or not; name: what SQL calls it;
+    tables: Parquet, CSV and Lance paths by the name that SQL may join them under.
     Raises TableError if there is no such table or version.
     """
     uri = str(path).rstrip("/")
-    return Table(uri if uri.endswith(".lance") else _only_table(uri), version, name)
+    return Table(uri if uri.endswith(".lance") else _only_table(uri), version, name, tables)
 
 
 def _only_table(directory: str) -> str:

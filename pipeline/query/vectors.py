@@ -65,20 +65,25 @@ class QueryVectors:
 
     def _encoder(self, column: VectorColumn) -> Embedder:
         if column.fingerprint not in self._encoders:
-            from conjoin.pipeline.embedder import load
-
-            if not column.encoder:
-                raise QueryError(f"{column.name} does not say where its encoder is kept", next="Pass a vector instead")
-            encoder = load(column.encoder)
-            if encoder.fingerprint != column.fingerprint:
-                raise QueryError(
-                    f"{column.name} was made by encoder {column.fingerprint[:12]}, but the folder now holds "
-                    f"{encoder.fingerprint[:12]}: their vectors cannot be compared",
-                    where=column.encoder,
-                    next="Put the old encoder back, or re-embed the table with `conjoin run`",
-                )
-            self._encoders[column.fingerprint] = encoder
+            self._encoders[column.fingerprint] = matching_encoder(column)
         return self._encoders[column.fingerprint]
+
+
+def matching_encoder(column: VectorColumn) -> Embedder:
+    """The encoder that made a column. Raises QueryError if its folder holds another now, EncoderError without it."""
+    from conjoin.pipeline.embedder import load
+
+    if not column.encoder:
+        raise QueryError(f"{column.name} does not say where its encoder is kept", next="Pass a vector instead")
+    encoder = load(column.encoder)
+    if encoder.fingerprint != column.fingerprint:
+        raise QueryError(
+            f"{column.name} was made by encoder {column.fingerprint[:12]}, but the folder now holds "
+            f"{encoder.fingerprint[:12]}: their vectors cannot be compared",
+            where=column.encoder,
+            next="Put the old encoder back, or re-embed the table with `conjoin run`",
+        )
+    return encoder
 
 
 def unit(value: object, column: VectorColumn) -> np.ndarray:
