@@ -128,9 +128,10 @@ def _finish(night: _Night, plan: Plan) -> RunReport:
     run, records = runs.run_directory(uri, plan.run_id), read_records(runs.run_directory(uri, plan.run_id), plan.digest)
     try:
         if store.committed(uri, plan.run_id) is None:
+            attempt = clock("columns", lambda: _attempt(night, plan, resumed=bool(records)))
             records = clock(
                 "embed",
-                lambda: embed(plan.catalog(night.catalog), plan, _attempt(night, plan), progress=night.progress),
+                lambda: embed(plan.catalog(night.catalog), plan, attempt, progress=night.progress),
             )
             work = clock("state", lambda: landing.prepare(uri, run, plan, records))
             candidate = clock("candidate", lambda: store.candidate(uri, work))
