@@ -23,6 +23,7 @@ _NAMES = {
     "config": ("conjoin.jobs.config", "load"),
     "train": ("conjoin.jobs.tasks", "train"),
     "evaluate": ("conjoin.jobs.tasks", "evaluate"),
+    "plan": ("conjoin.jobs.nightly", "plan"),
     "run": ("conjoin.jobs.nightly", "run"),
 }
 __all__ = ["__version__", *_NAMES]

@@ -216,6 +216,26 @@ def export(
 
 
 @app.command()
+def plan(
+    file: File = DEFAULT,
+    set_: Set = [],  # noqa: B006
+    date: Date = None,
+    full: Annotated[bool, typer.Option("--full", help="what making the whole table anew would do")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what `run` would do now: rows new, changed and gone, what is embedded, time and cost. Changes nothing.
+
+    Exits with 1 if the plan is above the run file's `limits`.
+    """
+    from conjoin.jobs.nightly import plan as task
+
+    found = task(_read(file, set_, date), full=full)
+    print(json.dumps(found.to_json(), indent=1) if as_json else "\n".join(found.lines()))
+    if found.over:
+        raise typer.Exit(1)
+
+
+@app.command()
 def run(
     file: File = DEFAULT,
     set_: Set = [],  # noqa: B006

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
 
 import pyarrow as pa
@@ -23,6 +23,7 @@ from conjoin.pipeline.edits import add_columns, swap_columns
 from conjoin.pipeline.embed import Attempt, embed
 from conjoin.pipeline.errors import ConfigError, GateError, Interrupted
 from conjoin.pipeline.estimate import check_limits, estimate, last_rate
+from conjoin.pipeline.forecast import Forecast, forecast
 from conjoin.pipeline.index import build
 from conjoin.pipeline.plan import Plan, changed_since, load_plan
 from conjoin.pipeline.progress import ShowProgress, silent
@@ -50,6 +51,7 @@ class RunReport:
     status: Literal["published", "unchanged", "rejected", "abandoned"]
     version: int = 0
     rows: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
     quarantined: int = 0
     units: int = 0
     fingerprint: str = ""
@@ -111,6 +113,27 @@ def run(
         return _finish(night, plan)
 
 
+def plan(config: RunFile, *, full: bool = False) -> Forecast:
+    """What `run` would do now; nothing is written. `over` says which of the limits it would break.
+
+    Raises SourceError, TableError or EncoderError for what would stop the night before it starts.
+    """
+    catalog = _catalog(config)
+    base = base_of(catalog.table.path, full=full, restoring=False)
+    found = survey(catalog, base.known)
+    with drafting(catalog, found, base, due_rows(base)) as draft:
+        rate = last_rate(catalog.table.path, found.fingerprint)
+        if rate is None:
+            return forecast(draft)
+        cluster = config.cluster
+        expected = estimate(draft.embedded, rate, cluster.gpus, cluster.price_per_gpu_hour)
+        try:
+            check_limits(expected, config.limits)
+        except GateError as error:
+            return forecast(draft, expected, error.what)
+        return forecast(draft, expected)
+
+
 @dataclass(frozen=True, slots=True)
 class _Night:
     """What every step needs."""
@@ -151,6 +174,7 @@ def _finish(night: _Night, plan: Plan) -> RunReport:
     except GateError as error:
         _rejected(uri, plan, records, clock, error)
     report = _report(plan, records, clock, version, tuple(asdict(index) for index in indexes))
+    report = replace(report, rows=manifest_of_run(uri, plan.run_id).rows)
     runs.finish(uri, plan.run_id, report.to_json())
     return report
 
@@ -184,16 +208,17 @@ def _report(
     plan: Plan, records: Mapping[int, Record], clock: _Clock, version: int, indexes: tuple[Mapping[str, object], ...]
 ) -> RunReport:
     seconds = sum(record.seconds for record in records.values())
+    embedded = sum(records[unit.number].planned for unit in plan.units if unit.embed and unit.number in records)
     return RunReport(
         run_id=plan.run_id,
         status="published",
         version=version,
-        rows=sum(record.rows for record in records.values()),
+        counts={kind: count for kind, count in plan.counts.items() if count},
         quarantined=sum(record.quarantined for record in records.values()),
         units=len(plan.units),
         fingerprint=plan.fingerprint,
         encoder=plan.encoder,
-        rows_per_s=round(plan.rows / max(seconds, 1e-9), 1),
+        rows_per_s=round(embedded / max(seconds, 1e-9), 1),
         seconds=clock.seconds,
         indexes=indexes,
     )

@@ -189,9 +189,11 @@ def night_report(report: RunReport) -> str:
     if report.status == "unchanged":
         return f"nothing to do: version {report.version} of run {report.run_id} is live with {report.rows:,} rows"
     times = "  ".join(f"{step} {seconds:.1f} s" for step, seconds in report.seconds.items())
+    changes = ", ".join(f"{count:,} {kind}" for kind, count in report.counts.items())
     return "\n".join(
         [
             f"run {report.run_id}: {report.status}, version {report.version} with {report.rows:,} rows is live",
+            changes,
             f"{report.quarantined:,} quarantined, {report.units} unit(s), {report.rows_per_s:,.0f} rows/s, "
             f"encoder {report.fingerprint[:12]}",
             times,

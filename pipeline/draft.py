@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from conjoin.pipeline import hashes, storage
 from conjoin.pipeline import plan as plans
-from conjoin.pipeline import storage
 from conjoin.pipeline.comparison import Comparison, Question, comparing
 from conjoin.pipeline.layout import Change, change_of, lay_out, row_bytes
 from conjoin.pipeline.plan import Plan
@@ -58,16 +58,18 @@ class Base:
         return {} if self.manifest is None else {entry.file.path: entry.file for entry in self.manifest.files}
 
 
-def base_of(uri: str, *, full: bool = False) -> Base:
+def base_of(uri: str, *, full: bool = False, restoring: bool = True) -> Base:
     """What a plan builds on; a head that is not the live version's content is restored to it first.
 
-    full: nothing, the whole table is made anew. Raises TableError for a table that is somebody else's.
+    full: nothing, the whole table is made anew; restoring: False leaves the head alone, to look only.
+    Raises TableError for a table that is somebody else's.
     """
     head = check_ours(uri)
     check_quarantine(uri)
     if head is None or full or live_version(head) is None:
         return Base(head)
-    restore(uri)
+    if restoring:
+        restore(uri)
     live = open_version(uri)
     manifest = read_manifest(live)
     return Base(open_version(uri, None), live if manifest else None, manifest)
@@ -117,6 +119,39 @@ class Draft:
     def embedded(self) -> int:
         """Rows that some tower looks at."""
         return sum(piece.rows for piece in self.units() if piece.embed)
+
+    def distinct(self, modality: str) -> int | None:
+        """Different contents that a tower will see; None where only reading them tells."""
+        selected = f"FROM rows WHERE {self._seen_by(modality)}"
+        unknown = _scalar(self.comparison, f"SELECT count(*) {selected} AND {modality}_hash IS NULL")
+        missing = 0 if self._is_deep(modality) else unknown
+        if self.base.manifest is None or unknown > missing:
+            return None
+        return _scalar(self.comparison, f"SELECT count(DISTINCT {modality}_hash) {selected}")
+
+    def addresses(self) -> int:
+        """URIs that workers will fetch, equal ones of one night counted once where known."""
+        contents = self.comparison.question.columns.contents
+        uris = [m for m in self.modalities if contents[m] == "uri"]
+        rows = {m: sum(piece.rows for piece in self.units() if m in piece.embed) for m in uris}
+        return sum(rows[m] if (known := self.distinct(m)) is None else min(known, rows[m]) for m in uris)
+
+    def bytes_of_recalled(self) -> int:
+        """About what workers read of files that planning left closed."""
+        total = 0.0
+        for number in self.comparison.files.recalled:
+            file = self.found.files[number]
+            sql = f"SELECT count(*) FROM rows WHERE file = {number} AND ({_INSERTED} OR {_REWRITTEN})"
+            total += file.size_bytes * _scalar(self.comparison, sql) / max(file.num_rows, 1)
+        return round(total)
+
+    def _is_deep(self, modality: str) -> bool:
+        return hashes.is_deep(self.catalog.source, self.comparison.question.columns.contents[modality])
+
+    def _seen_by(self, modality: str) -> str:
+        bit = 1 << self.modalities.index(modality)
+        again = f" OR {_REWRITTEN}" if modality in self.anew else ""
+        return f"(({_INSERTED} AND {_mask(self)} & {bit} > 0){again})"
 
     def counts(self) -> dict[str, int]:
         """Rows by what becomes of them; of a modality that is computed anew `again`, of retries `due`."""

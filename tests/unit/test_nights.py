@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 
 from conjoin.jobs.config import RunFile
-from conjoin.jobs.nightly import RunReport, run
+from conjoin.jobs.nightly import RunReport, plan, run
 from conjoin.pipeline import embed, embedder, store
+from conjoin.pipeline import publish as publishing
+from conjoin.pipeline.errors import Interrupted
 from conjoin.pipeline.plan import load_plan
 from conjoin.pipeline.runs import run_directory
 from conjoin.pipeline.stager import Order, Stager
@@ -243,3 +245,79 @@ def test_another_kept_column(shop: Shop) -> None:
     assert embedded(shop) == {}
     assert shop.plan(report) == {"kept": 18}
     shop.check()
+
+
+def test_the_plan_tells_what_the_night_then_does(shop: Shop) -> None:
+    assert plan(shop.config()).lines() == ["nothing to do: the live version is up to date with the source"]
+    shop.write(a=[row(0), row(1, caption="green"), row(2, caption="green"), *(row(n) for n in range(3, 7)), row(100)])
+    found = plan(shop.config())
+    assert {kind: count for kind, count in found.counts.items() if count} == {
+        "new": 1,
+        "changed": 2,
+        "changed_text": 2,
+        "unchanged": 5,
+        "deleted": 1,
+        "skipped": 10,
+    }
+    assert (found.embed, found.contents) == ({"image": 1, "text": 3}, {"text": 2})
+    assert (found.uris, found.nothing, dict(found.files)) == (
+        0,
+        False,
+        {"opened": 1, "recalled": 0, "skipped": 2, "gone": 0},
+    )
+    assert found.expected is not None
+    before = sorted(shop.folder.rglob("*"))
+    plan(shop.config())
+    assert sorted(shop.folder.rglob("*")) == before
+    over = plan(shop.config(limits={"hours": 1e-9})).over
+    assert "limits.hours" in over
+    shop.night()
+    assert embedded(shop) == {"image": 1, "text": 2}
+
+
+def test_a_second_night_of_the_day_goes_on_where_a_dead_one_stopped(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that changes between two attempts is left to the next night, which the same command begins."""
+    shop.write(a=[row(n, caption="green") for n in range(8)], b=[row(n, caption="blue") for n in range(8, 14)])
+    whole = Stager.stage
+
+    def dies(self: Stager, number: int) -> object:
+        if number == 1:
+            raise KeyboardInterrupt
+        return whole(self, number)
+
+    monkeypatch.setattr(Stager, "stage", dies)
+    with pytest.raises(Interrupted):
+        shop.night()
+    monkeypatch.setattr(Stager, "stage", whole)
+    shop.write(b=[row(n, caption="yellow") for n in range(9, 15)], c=[row(n) for n in range(15, 18)])
+    report = shop.night()
+    assert report.run_id == "things-2026-01-01.3"
+    shop.check()
+    assert load_plan(run_directory(str(shop.folder / "things.lance"), "things-2026-01-01.2")).counts["changed"] == 14
+
+
+def test_the_night_after_a_rollback_builds_on_what_is_live(shop: Shop) -> None:
+    uri = str(shop.folder / "things.lance")
+    before = shop.table()
+    shop.write(a=[row(n, caption="green") for n in range(8)])
+    shop.night()
+    publishing.rollback(uri)
+    assert shop.table().equals(before)
+    shop.write(b=[row(n, price=1.0) for n in range(8, 14)])
+    report = shop.night()
+    assert shop.plan(report)["changed"] == 8
+    shop.check()
+    assert store.head(uri).to_table().num_rows == 18
+
+
+def test_rows_of_a_stranger_on_the_head_are_not_built_on(shop: Shop) -> None:
+    import lance
+
+    uri = str(shop.folder / "things.lance")
+    lance.write_dataset(store.head(uri).to_table(limit=3), uri, mode="append")
+    shop.write(a=[row(n, caption="green") for n in range(8)])
+    shop.night()
+    shop.check()
+    assert store.head(uri).count_rows() == 18
