@@ -168,6 +168,9 @@ def evaluate(
     queries: Annotated[
         int, typer.Option(min=0, help="at most so many queries in each direction, drawn at random; 0: all")
     ] = 20_000,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="fit relevance() on the split and keep it beside the encoder")
+    ] = False,
     set_: Set = [],  # noqa: B006
     date: Date = None,
     as_json: Json = False,
@@ -181,7 +184,7 @@ def evaluate(
     classes = Classes(classify, tuple(template)) if classify else None
     with Screen() as screen:
         config = _read(file, set_, date)
-        found = task(config, split, where, classify=classes, queries=queries, progress=screen.show)
+        found = task(config, split, where, classify=classes, queries=queries, calibrate=calibrate, progress=screen.show)
     print(json.dumps(found.to_json(), indent=1) if as_json else evaluation(found))
 
 

@@ -172,6 +172,11 @@ def evaluation(found: Evaluation) -> str:
             f"zero-shot {zero.column} of {zero.modality}: {_interval(zero.accuracy)} of {zero.num_rows:,} rows, "
             f"{zero.num_classes} classes (chance {zero.chance.uniform:.2f}, the largest {zero.chance.majority:.2f})"
         )
+    lines += [
+        f"relevance of {pair}: even odds at a similarity of {-curve.bias / curve.slope:.3f}, "
+        f"calibration error {curve.error:.3f} over {curve.num_pairs:,} pairs"
+        for pair, curve in found.calibration.items()
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -56,12 +56,14 @@ def evaluate(
     *,
     classify: str | Classes | None = None,
     queries: int | None = None,
+    calibrate: bool = False,
     progress: ShowProgress = silent,
 ) -> Evaluation:
     """A split of the source embedded now on Ray (`validation`, `test`), or the published table's rows.
 
     classify: a column whose values are zero-shot classes, or Classes with prompt templates. queries: at most so many
-    in each direction, drawn at random; 0: all; default: evaluate.MAX_QUERIES.
+    in each direction, drawn at random; 0: all; default: evaluate.MAX_QUERIES. calibrate: fit SQL's relevance() on the
+    split (default: validation) and leave it beside the encoder.
 
     Raises ConfigError when both or an unknown split are named, or no encoder is.
     """
@@ -69,7 +71,9 @@ def evaluate(
     from conjoin.pipeline.evaluate import MAX_QUERIES, Classes, Measure, evaluate_split, evaluate_table
 
     classes = Classes(classify) if isinstance(classify, str) else classify
-    measure = Measure(MAX_QUERIES if queries is None else queries, classes, config.cluster.address)
+    measure = Measure(MAX_QUERIES if queries is None else queries, classes, config.cluster.address, calibrate)
+    if calibrate and split is None:
+        split = "validation"
     if split is None:
         return evaluate_table(config.table.path, where, group=config.source.group, measure=measure, progress=progress)
     if where is not None or split not in ("validation", "test"):

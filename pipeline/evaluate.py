@@ -7,7 +7,7 @@ contents of the query's modality are one query, so that a caption that five pict
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import permutations
 from typing import TYPE_CHECKING, cast
 
@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conjoin.encoders.spec import Json
-from conjoin.pipeline import metrics
+from conjoin.pipeline import calibration, metrics
+from conjoin.pipeline.calibration import Curve
 from conjoin.pipeline.errors import ConfigError, SourceError, TableError
 from conjoin.pipeline.metrics import Chance, Estimate
 from conjoin.pipeline.progress import ShowProgress, silent
@@ -81,11 +82,12 @@ class ZeroShot:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Everything measured on one set; `name` says which rows."""
+    """Everything measured on one set; `name` says which rows; calibration: by pair of modalities, where asked for."""
 
     name: str
     directions: tuple[Direction, ...]
     zero_shot: ZeroShot | None = None
+    calibration: Mapping[str, Curve] = field(default_factory=dict)
 
     def direction(self, query: str, candidate: str) -> Direction:
         """Raises KeyError if it was not measured."""
@@ -118,11 +120,13 @@ class Measure:
     """How to measure. queries: at most so many in each direction, drawn at random with a fixed seed; 0: all.
 
     classes: zero-shot classification too. address: of the Ray cluster that works; default: this machine.
+    calibrate: fit relevance() on a split and leave it beside the encoder.
     """
 
     queries: int = MAX_QUERIES
     classes: Classes | None = None
     address: str | None = None
+    calibrate: bool = False
 
     def __post_init__(self) -> None:
         if self.queries < 0:
@@ -327,4 +331,17 @@ def evaluate_split(
     modalities = [name for name in source.modalities if f"{name}_vec" in rows.column_names]
     sets = {name: _vectors(rows, name, _codes(rows["group"])) for name in modalities}
     zero_shot = _classify_rows(rows, load(catalog.encoder), classes, "label") if classes else None
-    return Evaluation(f"{split} split", compare(sets, measure, progress), zero_shot)
+    curves = _calibrate(catalog.encoder, sets, f"{split} split of {source.path}") if measure.calibrate else {}
+    return Evaluation(f"{split} split", compare(sets, measure, progress), zero_shot, curves)
+
+
+def _calibrate(encoder: str, sets: Mapping[str, Vectors], rows: str) -> dict[str, Curve]:
+    """Beside the encoder from now on. Raises SourceError where no pair of modalities can be calibrated."""
+    from conjoin.pipeline.embedder import read_spec
+
+    curves = calibration.calibrate({name: Side(side.vectors_ND, side.groups_N) for name, side in sets.items()})
+    if not curves:
+        few = f"fewer than {calibration.FEWEST_PAIRS} matching pairs, or no more alike than random ones"
+        raise SourceError(f"nothing to calibrate on: {few}", where=rows, next="Raise source.split in the run file")
+    calibration.write(encoder, read_spec(encoder)[1], curves, rows)
+    return curves

@@ -19,6 +19,7 @@ import torch
 from conjoin.encoders import cached, ranks, sharded
 from conjoin.encoders.objective import Encoded, Objective
 from conjoin.pipeline import optimizer, storage
+from conjoin.pipeline.calibration import Curve, calibrate
 from conjoin.pipeline.checkpoints import Checkpoint, Progressed, Writer, newest
 from conjoin.pipeline.errors import TrainError
 from conjoin.pipeline.forward import Forward, Rows
@@ -206,6 +207,15 @@ class Loop:
     def averaged(self) -> AbstractContextManager[None]:
         """The parameters are their moving averages in here, where the recipe keeps one."""
         return self.ema.swapped() if self.ema else nullcontext()
+
+    def calibrated(self) -> dict[str, Curve]:
+        """Of the best parameters on the validation rows; they replace the last ones, so this comes after all else."""
+        self.encoder.eval()
+        with torch.no_grad():
+            for name, value in self.best.items():
+                self.trained[name].copy_(value)
+        with nullcontext() if self.best else self.averaged():
+            return calibrate(self.validation.sides())
 
     def _tell(self, step: int, record: Mapping[str, float], say: Say) -> None:
         if self.place.rank != 0:

@@ -203,3 +203,13 @@ class Chance:
 def chance(labels_N: NDArray[np.int64], num_classes: int) -> Chance:
     """Accuracy of both ways of guessing on these labels."""
     return Chance(1 / num_classes, float(np.bincount(labels_N).max() / len(labels_N)))
+
+
+def calibration_error(
+    probabilities_N: Floats, outcomes_N: NDArray[np.bool_], weights_N: Floats | None = None, bins: int = 15
+) -> float:
+    """Expected calibration error (Guo et al. 2017): mean distance of probability and frequency over equal bins."""
+    weights_N = np.ones(len(probabilities_N)) if weights_N is None else weights_N
+    places_N = np.clip((probabilities_N * bins).astype(np.int64), 0, bins - 1)
+    sums_B = np.bincount(places_N, weights_N * (probabilities_N - outcomes_N), minlength=bins)
+    return float(np.abs(sums_B).sum() / weights_N.sum())

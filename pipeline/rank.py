@@ -17,7 +17,7 @@ import torch
 from conjoin.encoders import sharded, tuning
 from conjoin.encoders.footprint import micro_batch_size
 from conjoin.encoders.objective import Objective
-from conjoin.pipeline import storage
+from conjoin.pipeline import calibration, storage
 from conjoin.pipeline.checkpoints import save_encoder
 from conjoin.pipeline.errors import EncoderError, TrainError
 from conjoin.pipeline.fit import Loop
@@ -153,13 +153,22 @@ def _micro(job: Job, place: Place) -> int:
 
 
 def _save(loop: Loop, job: Job) -> None:
-    """`last` and `best`: ordinary encoders, made anew from the first one and the tensors that were trained."""
+    """`last` and `best`: ordinary encoders, made anew from the first one and the tensors that were trained.
+
+    `best` is calibrated as well.
+    """
+    from conjoin.pipeline.embedder import read_spec
+
     with loop.averaged():
         last = {name: sharded.whole(p.detach()).clone() for name, p in loop.trained.items()}
     best = {name: sharded.whole(p) for name, p in loop.best.items()} or last
     if loop.place.rank == 0:
         _write(job, "last", last, loop.progressed.step)
         _write(job, "best", best, loop.progressed.best_step)
+    curves = loop.calibrated()
+    if loop.place.rank == 0 and curves:
+        folder = storage.join(job.folder, "best")
+        calibration.write(folder, read_spec(folder)[1], curves, "validation rows of its training")
     if loop.place.world > 1:
         torch.distributed.barrier()
 

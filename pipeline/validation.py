@@ -15,6 +15,7 @@ from conjoin.encoders import ranks
 from conjoin.pipeline import metrics
 from conjoin.pipeline.forward import Forward, Rows
 from conjoin.pipeline.order import Positions
+from conjoin.pipeline.ranking import Side
 from conjoin.pipeline.steps import Decoded, Raw, Reader
 
 KS = (1, 5, 10)
@@ -54,6 +55,14 @@ class Validation:
                 figures |= {f"{a}_{b}_hit{k}": hit for k, hit in self._hits(left, right, groups[both]).items()}
         hits = [value for name, value in figures.items() if name.endswith("hit10")]
         return Validated(figures, float(np.mean(hits)) if hits else None)
+
+    @torch.no_grad()
+    def sides(self) -> dict[str, Side]:
+        """Vectors and groups by modality, of the rows that have it; the same on every rank."""
+        if len(self._rows) < 2:
+            return {}
+        groups = self._forward.data.validation.group_N[self._rows]
+        return {name: Side(vectors, groups[there]) for name, (vectors, there) in self._vectors().items()}
 
     def _hits(self, queries_ND: np.ndarray, candidates_ND: np.ndarray, groups_N: Positions) -> dict[int, float]:
         """Of all queries; this rank looks for its share of them."""

@@ -6,9 +6,11 @@ Assumes: the SQL comes from our own syntax tree; every query has its own cursor,
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -30,6 +32,24 @@ _CONFIG = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A scalar function of ours that DuckDB calls with columns; takes and result: DuckDB's names of types."""
+
+    name: str
+    takes: tuple[str, ...]
+    result: str
+    body: Callable[..., pa.Array]
+
+
+def fresh_name(word: str) -> str:
+    """A name that no other query uses: functions belong to the connection, which all queries share."""
+    return f"__{word}{next(_numbers)}"
+
+
+_numbers = itertools.count()
+
+
 class Engine:
     """One in-memory DuckDB, opened on first use."""
 
@@ -37,22 +57,44 @@ class Engine:
         self._connection: duckdb.DuckDBPyConnection | None = None
         self._lock = threading.Lock()
 
-    def check(self, sql: str, parameters: Mapping[str, object], schemas: Mapping[str, pa.Schema]) -> None:
+    def check(
+        self,
+        sql: str,
+        parameters: Mapping[str, object],
+        schemas: Mapping[str, pa.Schema],
+        functions: Sequence[Function] = (),
+    ) -> None:
         """Bind the query against empty tables. Raises QueryError for unknown columns, functions and wrong types."""
         empty = {name: schema.empty_table() for name, schema in schemas.items()}
-        self._run(sql, parameters, empty, fetch=False)
+        self._run(sql, parameters, empty, functions, fetch=False)
 
-    def run(self, sql: str, parameters: Mapping[str, object], sources: Mapping[str, object]) -> pa.Table:
+    def run(
+        self,
+        sql: str,
+        parameters: Mapping[str, object],
+        sources: Mapping[str, object],
+        functions: Sequence[Function] = (),
+    ) -> pa.Table:
         """The answer. sources: Arrow tables or scanners by the name the SQL calls them."""
-        return self._run(sql, parameters, sources, fetch=True)
+        return self._run(sql, parameters, sources, functions, fetch=True)
 
     def _run(
-        self, sql: str, parameters: Mapping[str, object], sources: Mapping[str, object], *, fetch: bool
+        self,
+        sql: str,
+        parameters: Mapping[str, object],
+        sources: Mapping[str, object],
+        functions: Sequence[Function],
+        *,
+        fetch: bool,
     ) -> pa.Table | None:
         import duckdb
 
         cursor = self._cursor()
+        made = []
         try:
+            for function in functions:
+                _create(cursor, function)
+                made.append(function.name)
             for name, source in sources.items():
                 cursor.register(name, source)
             relation = cursor.sql(sql, params=dict(parameters) or None)
@@ -60,6 +102,8 @@ class Engine:
         except duckdb.Error as error:
             raise _explain(error, _columns(sources)) from None
         finally:
+            for name in made:
+                cursor.remove_function(name)
             cursor.close()
 
     def _cursor(self) -> duckdb.DuckDBPyConnection:
@@ -78,6 +122,13 @@ def function_names() -> list[str]:
     with duckdb.connect(":memory:", config=_CONFIG) as connection:
         rows = connection.sql("SELECT DISTINCT function_name FROM duckdb_functions() ORDER BY 1").fetchall()
     return [name for (name,) in rows if re.fullmatch(r"[a-z][a-z0-9_]+", name) and is_allowed(name)]
+
+
+def _create(cursor: duckdb.DuckDBPyConnection, function: Function) -> None:
+    from duckdb.func import ARROW, SPECIAL  # SPECIAL: nulls are passed on, not answered by null
+
+    takes = list(function.takes)
+    cursor.create_function(function.name, function.body, takes, function.result, type=ARROW, null_handling=SPECIAL)  # type: ignore[arg-type]  # names of types are fine
 
 
 def _columns(sources: Mapping[str, object]) -> Iterable[str]:

@@ -22,7 +22,7 @@ from conjoin.pipeline.store import VectorColumn
 Kind = Literal["text", "image", "audio", "id", "values"]
 _KINDS: Mapping[str, Kind] = {"text": "text", "image": "image", "audio": "audio", "vector_of": "id"}
 _MEASURES = ("distance", "similarity")
-FUNCTIONS = (*_MEASURES, *_KINDS)
+FUNCTIONS = (*_MEASURES, *_KINDS, "relevance", "classify", "bm25", "hybrid")
 # What DuckDB itself offers, under its own names and sqlglot's.
 _RAW = re.compile(
     r"((array|list)_)?(cosine_distance|cosine_similarity|(negative_)?(inner|dot)_product|euclidean_distance)|"
@@ -82,7 +82,7 @@ def rewrite(analysis: Analysis, bound: dict[str, object]) -> Rewritten:
     measures: dict[int, Measure] = {}
     taken: set[str] = set()
     nodes = [n for n in analysis.tree.find_all(exp.Anonymous) if function_name(n) in _MEASURES]
-    _name_outputs(nodes)
+    name_outputs(nodes)
     for node in nodes:
         if len(node.expressions) != 2:
             raise QueryError(f"{function_name(node)}() takes a vector column and a vector", where=shown(node))
@@ -99,7 +99,7 @@ def rewrite(analysis: Analysis, bound: dict[str, object]) -> Rewritten:
     return Rewritten(tuple(wanted), measures)
 
 
-def _name_outputs(nodes: list[exp.Anonymous]) -> None:
+def name_outputs(nodes: list[exp.Anonymous]) -> None:
     """An output without an alias keeps the name that the user can see, not that of its rewriting."""
     for node in nodes:
         output: exp.Expr = node

@@ -161,7 +161,8 @@ def _obstacle(select: exp.Select, reference: Reference) -> str:
             return f"{type(node).__name__.lower()} needs every row"
         if isinstance(node, exp.Subquery | exp.Query) and node is not select:
             return "a subquery"
-        if isinstance(node, exp.Anonymous) and node.name.lower() != "array_cosine_distance":
+        per_row = node.meta.get("per_row") or node.name.lower() == "array_cosine_distance"
+        if isinstance(node, exp.Anonymous) and not per_row:
             return f"{node.name}() may need every row"
     return ""
 
