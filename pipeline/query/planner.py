@@ -55,7 +55,7 @@ def _plan(analysis: Analysis, rewritten: Rewritten, reference: Reference) -> Rea
     if reference.relation.dataset is None:
         reason = f"files of {reference.relation.uri}" if reference.relation.uri else "a frame given by name"
         return Read(reference, columns, None, (), None, reason)
-    pushed, kept = _split(analysis, reference)
+    pushed, kept = split(analysis, reference)
     text = " AND ".join(pushed) or None
     top, reason = _top(rewritten, reference, kept)
     return Read(reference, columns, text, tuple(shown(node) for node in kept), top, reason)
@@ -67,12 +67,12 @@ def _cheapest(schema: pa.Schema) -> str:
     return flat[0].name if flat else schema.names[0]
 
 
-def _split(analysis: Analysis, reference: Reference) -> tuple[list[str], list[exp.Expr]]:
+def split(analysis: Analysis, reference: Reference) -> tuple[list[str], list[exp.Expr]]:
     """The conjuncts of the reference's own WHERE: translated ones as Lance filters, and the others."""
     select = reference.scope.expression
     where = select.args.get("where") if isinstance(select, exp.Select) else None
     parts = conjuncts(where.this if where else None)
-    if not parts or not _pushable(reference):
+    if not parts or not pushable(reference):
         return [], parts
 
     def resolve(column: exp.Column) -> tuple[str, pa.DataType] | None:
@@ -82,7 +82,7 @@ def _split(analysis: Analysis, reference: Reference) -> tuple[list[str], list[ex
     return [text for _, text in translated if text], [part for part, text in translated if not text]
 
 
-def _pushable(reference: Reference) -> bool:
+def pushable(reference: Reference) -> bool:
     """Whether a WHERE may be applied before the joins: not below an outer join's optional side, not below a sample."""
     select = reference.scope.expression
     if reference.node.args.get("sample") or select.args.get("sample") or reference.node.alias_column_names:
@@ -117,7 +117,7 @@ def _top(rewritten: Rewritten, reference: Reference, kept: list[exp.Expr]) -> tu
     select = reference.scope.expression
     if not isinstance(select, exp.Select):
         return None, "not a plain SELECT"
-    obstacle = _obstacle(select, reference)
+    obstacle = obstacle(select, reference)
     if obstacle:
         return None, obstacle
     measure = _first_key(select, rewritten)
@@ -125,7 +125,7 @@ def _top(rewritten: Rewritten, reference: Reference, kept: list[exp.Expr]) -> tu
         return None, "ORDER BY does not start with the distance to one vector"
     if kept:
         return None, f"only DuckDB can evaluate {shown(kept[0])}"
-    limit, offset = _count(select.args.get("limit")), _count(select.args.get("offset"), missing=0)
+    limit, offset = count_of(select.args.get("limit")), count_of(select.args.get("offset"), missing=0)
     if limit is None or offset is None:
         return None, "LIMIT is not a plain number"
     if limit + offset > LARGEST_K:
@@ -146,8 +146,8 @@ _CLAUSES = {
 }
 
 
-def _obstacle(select: exp.Select, reference: Reference) -> str:
-    """Why the nearest rows alone cannot answer this SELECT; empty if they can."""
+def obstacle(select: exp.Select, reference: Reference, passing: frozenset[int] = frozenset()) -> str:
+    """Why the best rows alone cannot answer this SELECT; empty if they can. passing: ids of nodes not looked into."""
     for clause, words in _CLAUSES.items():
         if select.args.get(clause) or reference.node.args.get(clause):
             return words
@@ -156,7 +156,7 @@ def _obstacle(select: exp.Select, reference: Reference) -> str:
         return "more than one plain table"
     if not select.args.get("order") or not select.args.get("limit"):
         return "no ORDER BY with LIMIT"
-    for node in select.walk(prune=lambda node: isinstance(node, exp.With)):
+    for node in select.walk(prune=lambda node: isinstance(node, exp.With) or id(node) in passing):
         if isinstance(node, exp.AggFunc | exp.Window | exp.Unnest | exp.Explode | exp.Columns):
             return f"{type(node).__name__.lower()} needs every row"
         if isinstance(node, exp.Subquery | exp.Query) and node is not select:
@@ -168,8 +168,16 @@ def _obstacle(select: exp.Select, reference: Reference) -> str:
 
 
 def _first_key(select: exp.Select, rewritten: Rewritten) -> Measure | None:
-    """The measure that sorts first, nearest first; through an alias or a position as well."""
-    key = select.args["order"].expressions[0]
+    """The measure that sorts first, nearest first."""
+    key = sort_key(select)
+    measure = rewritten.measures.get(id(key[0])) if key else None
+    return measure if measure is not None and key is not None and key[1] == measure.similarity else None
+
+
+def sort_key(select: exp.Select) -> tuple[exp.Expr, bool] | None:
+    """What sorts first, through an alias or a position as well, and whether it descends; None where nulls come first."""
+    order = select.args.get("order")
+    key = order.expressions[0] if order else None
     if not isinstance(key, exp.Ordered) or key.args.get("nulls_first") or key.args.get("with_fill"):
         return None
     node = key.this.unnest()
@@ -180,13 +188,10 @@ def _first_key(select: exp.Select, rewritten: Rewritten) -> Measure | None:
     elif isinstance(node, exp.Column) and not node.table:
         named = [o for o in select.expressions if isinstance(o, exp.Alias) and o.alias.lower() == node.name.lower()]
         node = named[0].this if len(named) == 1 else node
-    measure = rewritten.measures.get(id(node.unnest()))
-    if measure is None or bool(key.args.get("desc")) != measure.similarity:
-        return None
-    return measure
+    return node.unnest(), bool(key.args.get("desc"))
 
 
-def _count(node: exp.Expr | None, *, missing: int | None = None) -> int | None:
+def count_of(node: exp.Expr | None, *, missing: int | None = None) -> int | None:
     """The number of a LIMIT or OFFSET, None if it is a percentage or an expression."""
     if node is None:
         return missing

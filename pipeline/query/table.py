@@ -8,7 +8,7 @@ from __future__ import annotations
 import posixpath
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -17,16 +17,19 @@ from sqlglot import exp
 from conjoin.pipeline import store
 from conjoin.pipeline.errors import QueryError, TableError
 from conjoin.pipeline.index import Setting, settings
+from conjoin.pipeline.query import classification, relevance, text_search
 from conjoin.pipeline.query.analysis import analyse
+from conjoin.pipeline.query.classification import Classifier
 from conjoin.pipeline.query.execute import Engine
 from conjoin.pipeline.query.functions import Rewritten, rewrite
 from conjoin.pipeline.query.parameters import Params, bind
 from conjoin.pipeline.query.parse import DIALECT, parse, parse_condition
-from conjoin.pipeline.query.planner import Read, plan_reads
+from conjoin.pipeline.query.planner import Read, TopK, plan_reads
 from conjoin.pipeline.query.relations import Relation, frame_relation, nearest_name, table_relation
 from conjoin.pipeline.query.result import Result
 from conjoin.pipeline.query.search import Choice, candidates, choose, scan
 from conjoin.pipeline.query.tables import NamedTables, Relations, describe
+from conjoin.pipeline.query.text_search import TextPlan
 from conjoin.pipeline.query.vectors import QueryVectors
 
 if TYPE_CHECKING:
@@ -38,13 +41,18 @@ _SEARCHED = ("image", "text", "audio")  # whose vectors a search looks at, unles
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A checked query. sql: what DuckDB runs; parameters: lists and bytes that are not query vectors."""
+    """A checked query. sql: what DuckDB runs; parameters: lists and bytes that are not query vectors.
+
+    texts: what the full-text index does for a read, by its name in DuckDB.
+    """
 
     sql: str
     parameters: Mapping[str, object]
     reads: tuple[Read, ...]
     rewritten: Rewritten
     versions: Mapping[str, int]
+    texts: Mapping[str, TextPlan]
+    classifiers: tuple[Classifier, ...]
 
 
 class Table:
@@ -102,7 +110,12 @@ class Table:
     def explain(self, query: str, params: Params = None, **frames: object) -> str:
         """How a query would be answered, in plain words, without answering it."""
         prepared = self._prepare(parse(query), params, frames)
-        return "\n".join(_explain(read, self._choose(read), prepared.versions) for read in prepared.reads)
+        lines = []
+        for read in prepared.reads:
+            lines.append(_explain(read, self._choose(read), prepared.versions))
+            text = prepared.texts.get(read.reference.name)
+            lines += [f"  {line}" for line in text.explained()] if text else []
+        return "\n".join(lines)
 
     def search(
         self,
@@ -157,16 +170,27 @@ class Table:
     def _answer(self, tree: exp.Query, params: Params, frames: Mapping[str, object]) -> Result:
         prepared = self._prepare(tree, params, frames)
         vectors = {wanted.name: self._vectors.make(wanted) for wanted in prepared.rewritten.wanted}
-        sources = {read.reference.name: self._source(read, vectors) for read in prepared.reads}
+        functions = [c.function(self._vectors.encoder(c.column)) for c in prepared.classifiers]
+        sources = {}
+        for read in prepared.reads:
+            found = self._search_text(read, prepared.texts.get(read.reference.name), vectors)
+            functions += found.functions if found else ()
+            rows = found.rows if found else None
+            sources[read.reference.name] = self._source(read, vectors) if rows is None else rows
         values = {name: vector.tolist() for name, vector in vectors.items()}
-        return Result(self._engine.run(prepared.sql, {**prepared.parameters, **values}, sources), prepared.versions)
+        answer = self._engine.run(prepared.sql, {**prepared.parameters, **values}, sources, functions)
+        return Result(answer, prepared.versions)
 
     def _prepare(self, tree: exp.Query, params: Params, frames: Mapping[str, object]) -> _Prepared:
         relations = self._relations(frames)
         bound = bind(tree, params)
         analysis = analyse(tree, relations)
-        rewritten = rewrite(analysis, bound)
+        curves, texts = relevance.expand(analysis), text_search.expand(analysis)
+        classifiers = classification.expand(analysis, bound)
+        rewritten = relevance.measured(rewrite(analysis, bound), curves)
         reads = plan_reads(analysis, rewritten)
+        planned = {read.reference.name: text_search.plan(analysis, rewritten, read, texts) for read in reads}
+        plans = {name: text for name, text in planned.items() if text is not None}
         for read in reads:
             node, alias = read.reference.node, exp.to_identifier(read.reference.alias, quoted=True)
             node.set("this", exp.to_identifier(read.reference.name, quoted=True))
@@ -174,10 +198,12 @@ class Table:
                 node.set("alias", exp.TableAlias(this=alias))
         sql = tree.sql(DIALECT, copy=False)
         zeros = {wanted.name: [0.0] * wanted.column.dim for wanted in rewritten.wanted}
-        self._engine.check(sql, {**bound, **zeros}, {r.reference.name: r.reference.relation.schema for r in reads})
+        stubs = [c.stub() for c in classifiers] + [s.function({}) for text in plans.values() for s in text.scores]
+        schemas = {r.reference.name: r.reference.relation.schema for r in reads}
+        self._engine.check(sql, {**bound, **zeros}, schemas, stubs)
         pinned = {r.reference.relation.name: r.reference.relation.dataset for r in reads}
         versions = {name: int(dataset.version) for name, dataset in pinned.items() if dataset is not None}
-        return _Prepared(sql, bound, reads, rewritten, versions)
+        return _Prepared(sql, bound, reads, rewritten, versions, plans, classifiers)
 
     def _relations(self, frames: Mapping[str, object]) -> Relations:
         found = {self.name.lower(): self._relation()}
@@ -221,6 +247,21 @@ class Table:
             if self._settings is None or self._settings[0] != key:
                 self._settings = (key, settings(relation.uri, relation.dataset))
             return self._settings[1]
+
+    def _search_text(
+        self, read: Read, planned: TextPlan | None, vectors: Mapping[str, np.ndarray]
+    ) -> text_search.Found | None:
+        if planned is None:
+            return None
+
+        def nearest(top: TopK) -> pa.Table | None:
+            wider = replace(read, top=top)
+            choice = self._choose(wider)
+            if choice is None or choice.way == "scan":
+                return None
+            return candidates(wider, choice, vectors[top.measure.wanted.name])
+
+        return text_search.search(read, planned, nearest)
 
     def _source(self, read: Read, vectors: Mapping[str, np.ndarray]) -> object:
         choice = self._choose(read)

@@ -50,7 +50,7 @@ class QueryVectors:
             return self._made[key]
 
     def _embed(self, modality: str, value: str | bytes, column: VectorColumn) -> np.ndarray:
-        encoder = self._encoder(column)
+        encoder = self.encoder(column)
         if modality not in encoder.spec.towers:
             towers = ", ".join(encoder.spec.towers)
             raise QueryError(
@@ -63,7 +63,8 @@ class QueryVectors:
             raise QueryError(f"{modality}({shown}): {reason}")
         return unit(embedded.vectors[0], column)
 
-    def _encoder(self, column: VectorColumn) -> Embedder:
+    def encoder(self, column: VectorColumn) -> Embedder:
+        """The column's own, loaded once. Raises QueryError, EncoderError."""
         if column.fingerprint not in self._encoders:
             self._encoders[column.fingerprint] = matching_encoder(column)
         return self._encoders[column.fingerprint]
