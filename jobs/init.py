@@ -24,6 +24,7 @@ table:
   # vector_dtype: auto        # float32 | float16, decided when the table is created
   # thumbnail_px: auto        # small pictures for people: auto is 96 where the source holds bytes; 0 is none
   # ann_recall: 0.99          # recall@10 that an approximate index must reach
+  # full_text: [text]         # columns that bm25() and hybrid() search: text, or kept ones
 
 # embed: {{precision: auto, max_bad_fraction: 0.001}}   # more quarantined rows than this stop the night
 # gates: {{row_change: 0.05}}                           # what must hold before readers see a version

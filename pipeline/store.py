@@ -40,6 +40,7 @@ class TableConfig(Section):
     vector_dtype: Literal["auto", "float32", "float16"] = Field("auto", description="decided when the table is created")
     thumbnail_px: Literal["auto"] | int = Field("auto", description="auto: 96 where the source holds bytes; 0: none")
     ann_recall: float = Field(0.99, gt=0, le=1, description="recall@10 that an approximate index must reach")
+    full_text: tuple[str, ...] = Field((), description="columns that bm25() and hybrid() search: text, or kept ones")
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,9 +117,9 @@ def _top(rewritten: Rewritten, reference: Reference, kept: list[exp.Expr]) -> tu
     select = reference.scope.expression
     if not isinstance(select, exp.Select):
         return None, "not a plain SELECT"
-    obstacle = obstacle(select, reference)
-    if obstacle:
-        return None, obstacle
+    why_not = obstacle(select, reference)
+    if why_not:
+        return None, why_not
     measure = _first_key(select, rewritten)
     if measure is None or measure.reference is not reference:
         return None, "ORDER BY does not start with the distance to one vector"
@@ -175,7 +175,7 @@ def _first_key(select: exp.Select, rewritten: Rewritten) -> Measure | None:
 
 
 def sort_key(select: exp.Select) -> tuple[exp.Expr, bool] | None:
-    """What sorts first, through an alias or a position as well, and whether it descends; None where nulls come first."""
+    """What sorts first, through an alias or a position too, and whether it descends; None where nulls come first."""
     order = select.args.get("order")
     key = order.expressions[0] if order else None
     if not isinstance(key, exp.Ordered) or key.args.get("nulls_first") or key.args.get("with_fill"):
