@@ -128,7 +128,7 @@ def _create(cursor: duckdb.DuckDBPyConnection, function: Function) -> None:
     from duckdb.func import ARROW, SPECIAL  # SPECIAL: nulls are passed on, not answered by null
 
     takes = list(function.takes)
-    cursor.create_function(function.name, function.body, takes, function.result, type=ARROW, null_handling=SPECIAL)  # type: ignore[arg-type]  # names of types are fine
+    cursor.create_function(function.name, function.body, takes, function.result, type=ARROW, null_handling=SPECIAL)
 
 
 def _columns(sources: Mapping[str, object]) -> Iterable[str]:

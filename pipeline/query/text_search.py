@@ -299,7 +299,8 @@ def _asked(part: exp.Expr, select: exp.Select, texts: Texts) -> Score | None:
 
 def search(read: Read, planned: TextPlan, nearest: Callable[[TopK], pa.Table | None]) -> Found:
     """Ask the index. nearest: candidates of a vector search over the same rows, None where only a scan can tell."""
-    rows, known = None, {}
+    rows: pa.Table | None = None
+    known: _Known = {}
     if planned.best is not None:
         rows, known = _best(read, planned)
     elif planned.fused is not None:
