@@ -63,7 +63,7 @@ def _expand(analysis: Analysis, node: exp.Anonymous) -> Expanded:
     curve = _curve(column, _modality(analysis, other, column, where))
     select = node.find_ancestor(exp.Select)
     order = select.args.get("order") if select is not None else None
-    similarity = exp.Anonymous(this="similarity", expressions=[argument.pop() for argument in node.expressions])
+    similarity = exp.Anonymous(this="similarity", expressions=[argument.pop() for argument in list(node.expressions)])
     power = exp.Sub(this=_double(-curve.bias), expression=exp.Mul(this=_double(curve.slope), expression=similarity))
     divisor = exp.Paren(this=exp.Add(this=_double(1), expression=exp.Exp(this=power)))
     made = exp.Div(this=_double(1), expression=divisor)

@@ -217,8 +217,8 @@ def lines(found: list[Night], merged: list[tuple[str, float, float]]) -> list[st
         met = "" if goal is None else f"{goal:.0f} s {'met' if one.seconds <= goal else 'MISSED'}"
         memory = "" if one.peak_mb <= LIMIT_MB else "  ABOVE 3 GiB"
         out.append(
-            f"{one.name:<36} {one.seconds:>8.1f} {one.seconds / first:>8.2f} {one.embedded:>10,} {one.written_mb:>8,.1f} "
-            f"{one.written_files:>6} {one.peak_mb:>8,.0f}  {met}{memory}"
+            f"{one.name:<36} {one.seconds:>8.1f} {one.seconds / first:>8.2f} {one.embedded:>10,} "
+            f"{one.written_mb:>8,.1f} {one.written_files:>6} {one.peak_mb:>8,.0f}  {met}{memory}"
         )
     out += [f"merge_insert, {name:<22} {seconds:>8.1f} {'':>8} {'':>10} {mb:>8,.1f}" for name, seconds, mb in merged]
     return out

@@ -55,8 +55,8 @@ def test_a_known_curve_is_found_again(slope: float, bias: float) -> None:
     curve = calibration.fit(pairs)
     assert curve is not None
     odds = np.log(pairs.matches_P.mean() / (1 - pairs.matches_P.mean()))  # what even weights take off
-    assert curve.slope == pytest.approx(slope, rel=0.05)
-    assert curve.bias + odds == pytest.approx(bias, rel=0.05, abs=0.2)
+    assert curve.slope == pytest.approx(slope, rel=0.1)
+    assert curve.bias + odds == pytest.approx(bias, rel=0.1, abs=0.2)
     assert curve.error < 0.01
 
 
