@@ -178,13 +178,19 @@ def evaluate(
     """Retrieval both ways (hit@1/5/10, median rank, MRR, with intervals) and zero-shot accuracy."""
     from conjoin.jobs.progress import Screen
     from conjoin.jobs.render import evaluation
+    from conjoin.jobs.tasks import calibrate as fit
     from conjoin.jobs.tasks import evaluate as task
     from conjoin.pipeline.evaluate import Classes
 
     classes = Classes(classify, tuple(template)) if classify else None
     with Screen() as screen:
         config = _read(file, set_, date)
-        found = task(config, split, where, classify=classes, queries=queries, calibrate=calibrate, progress=screen.show)
+        if calibrate and (where or classes):
+            raise typer.BadParameter("--calibrate goes without --where and --classify")
+        if calibrate:
+            found = fit(config, split or "validation", progress=screen.show)
+        else:
+            found = task(config, split, where, classify=classes, queries=queries, progress=screen.show)
     print(json.dumps(found.to_json(), indent=1) if as_json else evaluation(found))
 
 

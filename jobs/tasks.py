@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from conjoin.encoders.objective import PairLoss
     from conjoin.jobs.config import RunFile
-    from conjoin.pipeline.evaluate import Classes, Evaluation
+    from conjoin.pipeline.evaluate import Classes, Evaluation, Measure
     from conjoin.pipeline.fit import Callback
     from conjoin.pipeline.train import TrainReport
 
@@ -56,24 +56,35 @@ def evaluate(
     *,
     classify: str | Classes | None = None,
     queries: int | None = None,
-    calibrate: bool = False,
     progress: ShowProgress = silent,
 ) -> Evaluation:
     """A split of the source embedded now on Ray (`validation`, `test`), or the published table's rows.
 
     classify: a column whose values are zero-shot classes, or Classes with prompt templates. queries: at most so many
-    in each direction, drawn at random; 0: all; default: evaluate.MAX_QUERIES. calibrate: fit SQL's relevance() on the
-    split (default: validation) and leave it beside the encoder.
+    in each direction, drawn at random; 0: all; default: evaluate.MAX_QUERIES.
 
     Raises ConfigError when both or an unknown split are named, or no encoder is.
     """
-    from conjoin.pipeline.catalog import Catalog
-    from conjoin.pipeline.evaluate import MAX_QUERIES, Classes, Measure, evaluate_split, evaluate_table
+    from conjoin.pipeline.evaluate import MAX_QUERIES, Classes, Measure
 
     classes = Classes(classify) if isinstance(classify, str) else classify
-    measure = Measure(MAX_QUERIES if queries is None else queries, classes, config.cluster.address, calibrate)
-    if calibrate and split is None:
-        split = "validation"
+    measure = Measure(MAX_QUERIES if queries is None else queries, classes, config.cluster.address)
+    return _evaluate(config, split, where, measure, progress)
+
+
+def calibrate(config: RunFile, split: str = "validation", *, progress: ShowProgress = silent) -> Evaluation:
+    """`evaluate` of a split, which also fits SQL's relevance() and leaves it beside the encoder. Raises as it does."""
+    from conjoin.pipeline.evaluate import MAX_QUERIES, Measure
+
+    return _evaluate(config, split, None, Measure(MAX_QUERIES, None, config.cluster.address, calibrate=True), progress)
+
+
+def _evaluate(
+    config: RunFile, split: str | None, where: str | None, measure: Measure, progress: ShowProgress
+) -> Evaluation:
+    from conjoin.pipeline.catalog import Catalog
+    from conjoin.pipeline.evaluate import evaluate_split, evaluate_table
+
     if split is None:
         return evaluate_table(config.table.path, where, group=config.source.group, measure=measure, progress=progress)
     if where is not None or split not in ("validation", "test"):

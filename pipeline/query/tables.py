@@ -113,16 +113,15 @@ def _dataset(kind: Kind, files: Sequence[FileStat]) -> ds.FileSystemDataset:
     import pyarrow.dataset as ds
 
     uris = [file.uri for file in files]
+    paths, filesystem = [storage.filesystem(uri)[1] for uri in uris], _arrow_filesystem(uris[0])
     try:
-        dataset = ds.dataset(
-            [storage.filesystem(uri)[1] for uri in uris], filesystem=_arrow_filesystem(uris[0]), format=kind.lower()
-        )
+        dataset = ds.dataset(paths, filesystem=filesystem, format=kind.lower())
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
             schemas = list(pool.map(lambda fragment: fragment.physical_schema, dataset.get_fragments()))
     except (pa.ArrowException, OSError) as error:
         explained = storage.explain(error, "read the files", uris[0])
         raise explained or SourceError(f"not {kind}: {storage.first_line(error)}", where=uris[0]) from error
-    return dataset.replace_schema(_one_schema(uris, schemas))
+    return ds.dataset(paths, _one_schema(uris, schemas), format=kind.lower(), filesystem=filesystem)
 
 
 def _arrow_filesystem(uri: str) -> object:
