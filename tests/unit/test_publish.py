@@ -253,7 +253,7 @@ def test_no_rollback_to_a_rejected_version(uri: str) -> None:
     publish.publish(uri, 1, "r1")
     publish.reject(uri, 2, "r2")
     for to in ("2", "r2"):
-        with pytest.raises(TableError, match="was ever published|was never published"):
+        with pytest.raises(TableError, match=r"was ever published|was never published"):
             publish.rollback(uri, to)
 
 
