@@ -172,6 +172,7 @@ def sample_of(rows: pa.Table, most: int) -> pa.Table:
 
 
 def _kind(reason: str) -> str:
-    """A reason without its numbers and addresses: 404 stays, sizes and positions do not tell kinds apart."""
-    text = re.sub(r"\b(?:s3|https?|file)://\S+|begins with [0-9a-f]+", lambda m: m[0][:4] + "...", reason)
-    return re.sub(r"(?<!HTTP )(?<!answered )\b\d[\d,.]*", "#", text)
+    """A reason without what tells single values apart: where it lay, numbers (but HTTP's), first bytes."""
+    text = re.sub(r"\[[^\]]*\]", "[...]", reason)
+    text = re.sub(r"begins with [0-9a-f]+", "begins with ...", text)
+    return re.sub(r"(?<!HTTP )\b\d[\d,.]*", "#", text)
