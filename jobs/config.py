@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from conjoin.pipeline.embed import EmbedConfig
 from conjoin.pipeline.errors import ConfigError
 from conjoin.pipeline.estimate import Limits
+from conjoin.pipeline.hook import PublishConfig
 from conjoin.pipeline.publish import Gates
 from conjoin.pipeline.recipe import TrainConfig
 from conjoin.pipeline.section import Section
@@ -57,6 +58,7 @@ class RunFile(Section):
     embed: EmbedConfig = EmbedConfig()
     limits: Limits = Limits()
     gates: Gates = Gates()
+    publish: PublishConfig = PublishConfig()
     train: TrainConfig = TrainConfig()
     cluster: ClusterConfig = ClusterConfig()
     tables: dict[Annotated[str, Field(pattern=_NAME)], NamedTable] = Field({}, description="that SQL can join, by name")

@@ -34,6 +34,7 @@ class EmbedConfig(Section):
 
     precision: Literal["auto", "float32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, float32 elsewhere")
     max_bad_fraction: float = Field(0.001, ge=0, le=1, description="more quarantined rows than this stop the night")
+    retries: int = Field(7, ge=0, description="nights that try again what could not be fetched; repair asks for more")
     actors: Literal["auto"] | int = Field("auto", description="auto: one per GPU; one on a machine without")
     unit_rows: Literal["auto"] | int = Field(
         "auto", description="rows of one unit (one fragment); auto: about 64 MB of output"

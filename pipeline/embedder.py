@@ -32,6 +32,7 @@ Precision = Literal["auto", "float32", "bf16"]
 _TEXT_CHUNK = 65_536
 _CHUNK_BYTES = 64 << 20
 _UNIT_TOLERANCE = 1e-3
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _NO_FOLDER = "Train one with `conjoin train`, or correct `encoder` in the run file"
 
 
@@ -179,7 +180,7 @@ class Embedder:
         try:
             inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
             output = function(inputs)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
         else:
@@ -209,11 +210,13 @@ def chunk_size(tower: TowerSpec) -> int:
     return _TEXT_CHUNK
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA has a class for it; the CPU's allocator says so in words."""
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """CUDA and Python have a class for it; the CPU's allocator and CUDA's libraries say so in words."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _distinct(values: Sequence[object]) -> tuple[list[int], np.ndarray]:

@@ -20,8 +20,13 @@ def run_directory(uri: str, run_id: str) -> str:
 
 
 def run_ids(uri: str) -> list[str]:
-    """Every run that was planned, in the order of its name."""
-    return _with(uri, _PLAN)
+    """Every run that was planned, by name and then by the number after it."""
+    return sorted(_with(uri, _PLAN), key=_order)
+
+
+def _order(run_id: str) -> tuple[str, int]:
+    name, _, number = run_id.rpartition(".")
+    return (name, int(number)) if name and number.isdigit() else (run_id, 1)
 
 
 def unfinished(uri: str) -> list[str]:

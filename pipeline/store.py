@@ -429,3 +429,18 @@ def _operation(work: Commit) -> lance.LanceOperation.BaseOperation:
         fields_modified=list(work.edits.fields),
         update_mode="rewrite_columns" if work.edits.fields else "rewrite_rows",
     )
+
+
+def repeat(uri: str, transaction: lance.Transaction, dataset: lance.LanceDataset) -> int:
+    """Commit on the head what was committed beside it, its properties too; `dataset` is the head it goes on."""
+    import lance
+
+    work = lance.Transaction(
+        read_version=int(dataset.version),
+        operation=transaction.operation,
+        transaction_properties=transaction.transaction_properties,
+    )
+    try:
+        return int(lance.LanceDataset.commit(uri, work, storage_options=storage.lance_options(uri)).version)
+    except OSError as error:
+        raise _storage_error(error, "commit", uri) from error

@@ -157,6 +157,54 @@ def test_a_value_that_does_not_fit_alone_is_bad() -> None:
     assert [bad.reason for bad in found.bad] == ["out of memory for this value alone"] * 2
 
 
+def _no_giants(_module: object, _args: object, inputs: dict[str, torch.Tensor]) -> None:
+    """A hook that asks for memory that no machine has once a text of more than 12 tokens is in the batch."""
+    if inputs["attention_mask"].sum(1).max() > 12:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def test_a_giant_does_not_fail_its_neighbours() -> None:
+    encoder = text_encoder()
+    values = [f"dog {n}" for n in range(40)]
+    calm = Embedder(encoder, device="cpu").encode(text=values)
+    encoder.tower("text").backbone.register_forward_pre_hook(_no_giants, with_kwargs=True)
+    values.insert(17, "apple " * 40)
+    found = Embedder(encoder, device="cpu").embed("text", values)
+    assert found.bad == (Bad(17, "text", "embed", "out of memory for this value alone"),)
+    assert np.flatnonzero(~found.present).tolist() == [17]
+    assert np.delete(found.vectors, 17, 0) == pytest.approx(calm, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (np.zeros, True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (MemoryError("in Python"), True),
+    ],
+    ids=["python", "numpy", "cuda", "cublas", "shapes", "with-words"],
+)
+def test_only_a_lack_of_memory_is_met_by_halving(error: object, is_memory: bool) -> None:
+    def hook(_module: object, _args: object, inputs: dict[str, torch.Tensor]) -> None:
+        if len(inputs["input_ids"]) > 1:
+            if error is np.zeros:
+                np.zeros(1 << 60, np.uint8)
+            assert isinstance(error, Exception)
+            raise error
+
+    encoder = text_encoder()
+    encoder.tower("text").backbone.register_forward_pre_hook(hook, with_kwargs=True)
+    embedder = Embedder(encoder, device="cpu")
+    if is_memory:
+        assert embedder.embed("text", CAPTIONS).present.all()
+        return
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        embedder.embed("text", CAPTIONS)
+
+
 def test_half_precision_stays_near(small_encoder: Path, embedder: Embedder) -> None:
     half = load(small_encoder, device="cpu", precision="bf16").encode(text=CAPTIONS)
     assert half.dtype == np.float32

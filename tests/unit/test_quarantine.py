@@ -10,7 +10,14 @@ import pytest
 
 from conjoin.pipeline import state, store
 from conjoin.pipeline.errors import TableError
-from conjoin.pipeline.quarantine import check_quarantine, quarantine_schema, read_quarantine, replace_rows
+from conjoin.pipeline.quarantine import (
+    check_quarantine,
+    groups_of,
+    quarantine_schema,
+    read_quarantine,
+    replace_rows,
+    sample_of,
+)
 
 
 @pytest.fixture
@@ -106,3 +113,66 @@ def test_a_table_of_somebody_else_is_left_alone(uri: str) -> None:
     with pytest.raises(TableError, match="conjoin did not make it"):
         check_quarantine(uri)
     assert lance.dataset(store.quarantine_uri(uri)).to_table() == theirs
+
+
+def go_live(uri: str) -> None:
+    dataset = lance.dataset(uri)
+    (dataset.tags.update if "live" in dataset.tags.list() else dataset.tags.create)("live", dataset.version)
+
+
+def attempts(uri: str) -> dict[str, tuple[int, str]]:
+    found = read_quarantine(uri, None)
+    assert found is not None
+    return {row["id"]: (row["attempts"], row["tried"]) for row in found.to_pylist()}
+
+
+def test_attempts_are_counted_from_what_is_live(uri: str) -> None:
+    replace_rows(uri, "one", rows("one", "a", "b", "c"))
+    publish(uri, "one", "one")
+    assert attempts(uri) == dict.fromkeys("abc", (1, "one"))
+    go_live(uri)
+    for _ in range(2):  # a is tried again, b is carried over, c is mended
+        carried = rows("two", "b").set_column(8, "attempts", pa.array([1], pa.int32()))
+        carried = carried.set_column(9, "tried", pa.array(["one"]))
+        replace_rows(uri, "two", pa.concat_tables([rows("two", "a"), carried.cast(rows("two", "a").schema)]))
+    publish(uri, "two", "two")
+    assert attempts(uri) == {"a": (2, "two"), "b": (1, "one")}
+
+
+def test_a_table_of_an_older_conjoin_is_read_and_grows(uri: str) -> None:
+    old = rows("one", "a").drop_columns(["attempts", "tried"])
+    lance.write_dataset(old, store.quarantine_uri(uri), data_storage_version="2.2")
+    publish(uri, "one", "one")
+    assert attempts(uri) == {"a": (1, "one")}
+    go_live(uri)
+    replace_rows(uri, "two", rows("two", "a", "b"))
+    publish(uri, "two", "one", "two")
+    assert sorted(stored(uri)) == [("one", "a"), ("two", "a"), ("two", "b")]
+    found = read_quarantine(uri, None)
+    assert found is not None
+    assert sorted(zip(*(found[n].to_pylist() for n in ("run_id", "id", "attempts", "tried")), strict=True)) == [
+        ("one", "a", 1, "one"),
+        ("two", "a", 2, "two"),
+        ("two", "b", 1, "two"),
+    ]
+
+
+def test_groups_and_samples() -> None:
+    reasons = [
+        "nothing there (HTTP 404) [https://x.org/1.jpg]",
+        "nothing there (HTTP 404) [https://x.org/2.jpg]",
+        "nothing there (HTTP 410) [https://x.org/3.jpg]",
+        "not a picture that can be read (14 bytes, begins with 00ff)",
+        "not a picture that can be read (9,999 bytes, begins with abcd)",
+        "not a picture that can be read (1 bytes, begins with 12)",
+    ]
+    table = rows("one", *"abcdef").set_column(4, "reason", pa.array(reasons))
+    found = groups_of(table)
+    assert [(group.reason, group.count, group.example_id) for group in found] == [
+        ("not a picture that can be read (# bytes, begins with ...)", 3, "d"),
+        ("nothing there (HTTP 404) [...]", 2, "a"),
+        ("nothing there (HTTP 410) [...]", 1, "c"),
+    ]
+    assert found[1].example == reasons[0]
+    assert sample_of(table, 1)["id"].to_pylist() == ["a", "c", "d"]
+    assert sample_of(table, 2)["id"].to_pylist() == ["a", "b", "c", "d", "e"]
