@@ -95,8 +95,9 @@ def run(
 def _night(config: RunFile, catalog: Catalog, plan: Plan, clock: _Clock, progress: ShowProgress) -> RunReport:
     """embed and stage -> gates on the candidate -> commit -> index -> gates -> publish -> report."""
     from conjoin.pipeline.embed import embed
+    from conjoin.pipeline.gates import Expected, GateResult, check_gates, check_indexed
     from conjoin.pipeline.index import build
-    from conjoin.pipeline.publish import Expected, check_gates, publish
+    from conjoin.pipeline.publish import publish
 
     catalog = catalog.reading(plan.path)
     uri, run = catalog.table.path, runs.run_directory(catalog.table.path, plan.run_id)
@@ -106,6 +107,7 @@ def _night(config: RunFile, catalog: Catalog, plan: Plan, clock: _Clock, progres
         columns = tuple(name for name in plan.schema.names if name.endswith("_vec"))
         return Expected(sum(record.rows for record in records.values()), plan.fingerprint, columns)
 
+    checked: tuple[GateResult, ...] = ()
     if store.committed(uri, plan.run_id) is None:
         _check_limits(config, plan, records)
     try:
@@ -114,11 +116,14 @@ def _night(config: RunFile, catalog: Catalog, plan: Plan, clock: _Clock, progres
             work = clock("state", lambda: landing.prepare(uri, run, plan, records))
             candidate = clock("candidate", lambda: store.candidate(uri, work))
             if candidate is not None:
-                clock("gates", lambda: check_gates(candidate, expected(), config.gates, _live(uri)))
+                checked = clock("gates", lambda: check_gates(candidate, expected(), config.gates, _live(uri), catalog))
             clock("commit", lambda: store.commit(uri, work))
         indexes = clock("index", lambda: build(uri, config.table))
         head = store.open_version(uri, None)
-        clock("gates on the head", lambda: check_gates(head, expected(), config.gates, _live(uri)))
+        clock(
+            "gates on the head",
+            lambda: check_indexed(head, expected(), config.gates, catalog, _live(uri), checked),
+        )
         version = int(store.open_version(uri, None).version)
         clock("publish", lambda: publish(uri, version, plan.run_id))
     except GateError as error:
