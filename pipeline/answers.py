@@ -87,7 +87,8 @@ class Answers:
         gone_QK = pc.is_in(listed, value_set=ids.drop_null()).to_numpy(zero_copy_only=False).reshape(self.ids_QK.shape)
         if not gone_QK.any():
             return self
-        ids_QK = np.where(gone_QK, None, self.ids_QK)
+        ids_QK = self.ids_QK.copy()
+        ids_QK[gone_QK] = None
         similarities_QK = np.where(gone_QK, NOTHING, self.similarities_QK)
         order_QK = np.argsort(gone_QK, axis=1, kind="stable")
         return replace(

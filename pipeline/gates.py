@@ -276,14 +276,21 @@ def _foreign(subject: Subject) -> list[str]:
     for version, facts in store.lineage(dataset):
         if version <= live:
             break
-        transaction = dataset.read_transaction(version)
-        kind = type(transaction.operation).__name__ if transaction is not None else ""
+        kind = _kind(dataset, version)
         if store.RUN_ID in facts:
             if kind == "Overwrite":
                 break  # nothing below it is left
         elif kind not in _UPKEEP:
-            found.append(f"version {version}, {kind or 'unknown'}")
+            found.append(f"version {version}, {kind}")
     return found
+
+
+def _kind(dataset: lance.LanceDataset, version: int) -> str:
+    try:
+        transaction = dataset.read_transaction(version)
+    except TypeError:  # as in store.lineage
+        return "Rewrite"
+    return type(transaction.operation).__name__ if transaction is not None else "unknown"
 
 
 def _index_gates(subject: Subject) -> list[GateResult]:
@@ -298,9 +305,8 @@ def _index_gates(subject: Subject) -> list[GateResult]:
     results = [GateResult("index complete", not missing, rows or f"{len(names)} indexes hold every row", advice)]
     limit = subject.catalog.table.ann_recall if subject.catalog else 0.0
     for report in measured(dataset):
-        detail = f"{report.column}: recall@10 is {report.recall:.4f} against exact search, table.ann_recall is {limit}"
+        recall = report.recall or 0.0
+        detail = f"{report.column}: recall@10 is {recall:.4f} against exact search, table.ann_recall is {limit}"
         advice = "Lower table.ann_recall, or drop the index and run again: it is built anew"
-        results.append(
-            GateResult(f"recall of {report.column}", report.recall >= limit, detail, advice, report.recall, limit)
-        )
+        results.append(GateResult(f"recall of {report.column}", recall >= limit, detail, advice, recall, limit))
     return results

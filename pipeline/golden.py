@@ -133,4 +133,5 @@ def _nearest(dataset: lance.LanceDataset, column: str, vector: np.ndarray, setti
     else:
         probes = {"minimum_nprobes": setting.nprobes, "maximum_nprobes": setting.nprobes}
         nearest |= {**probes, "refine_factor": setting.refine}
-    return {str(name) for name in dataset.to_table(columns=["id"], nearest=nearest)["id"].to_pylist()}
+    found = dataset.to_table(columns=["id", "_distance"], nearest=nearest)
+    return {str(name) for name in found["id"].to_pylist()}
