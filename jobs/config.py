@@ -18,8 +18,8 @@ from pydantic import Field, ValidationError, model_validator
 from conjoin.pipeline.embed import EmbedConfig
 from conjoin.pipeline.errors import ConfigError
 from conjoin.pipeline.estimate import Limits
+from conjoin.pipeline.gates import Gates
 from conjoin.pipeline.hook import PublishConfig
-from conjoin.pipeline.publish import Gates
 from conjoin.pipeline.recipe import TrainConfig
 from conjoin.pipeline.section import Section
 from conjoin.pipeline.source import SourceConfig

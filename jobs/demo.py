@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from conjoin.jobs.config import RunFile
-    from conjoin.jobs.nightly import RunReport
     from conjoin.pipeline.evaluate import Evaluation
     from conjoin.pipeline.metrics import Estimate
+    from conjoin.pipeline.night import Night
     from conjoin.pipeline.query import Table
 
 _DATA = Path(__file__).resolve().parents[1] / "tests" / "data" / "emoji.parquet"
@@ -226,7 +226,7 @@ def _answer(table: Table, question: Question, out: Path) -> Answer:
     return Answer(question.title, sql, pictures, seconds)
 
 
-def _page(night: RunReport, scores: _Scores, answers: list[Answer], clock: _Clock, file: Path) -> str:
+def _page(night: Night, scores: _Scores, answers: list[Answer], clock: _Clock, file: Path) -> str:
     seen = scores.seen.direction("text", "image")
     total = sum(clock.seconds.values())
     figures = [

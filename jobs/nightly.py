@@ -1,33 +1,41 @@
 """`conjoin run`: the ordered steps of a night; each is skipped if its run id already did it.
 
-Assumes: every step is safe to repeat, so a killed night is the same command again.
+Assumes: every step is safe to repeat, so a killed night is the same command again. Whoever starts a night last takes
+the lease; an earlier one that still works finds out before its next effect and stops.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import pyarrow as pa
 
 from conjoin.jobs.stopping import stoppable
-from conjoin.pipeline import landing, runs, store
+from conjoin.pipeline import edits, landing, night_page, runs, store
 from conjoin.pipeline.catalog import Catalog
-from conjoin.pipeline.draft import base_of, drafting, due_rows, freeze
-from conjoin.pipeline.edits import add_columns, swap_columns
+from conjoin.pipeline.draft import base_of, drafting, freeze
 from conjoin.pipeline.embed import Attempt, embed
 from conjoin.pipeline.errors import ConfigError, GateError, Interrupted
 from conjoin.pipeline.estimate import check_limits, estimate, last_rate
 from conjoin.pipeline.forecast import Forecast, forecast
+from conjoin.pipeline.full_text import index_texts
+from conjoin.pipeline.gates import Expected, GateResult, check_gates, check_indexed
+from conjoin.pipeline.heartbeat import Heartbeat
+from conjoin.pipeline.hook import run_hook
 from conjoin.pipeline.index import build
+from conjoin.pipeline.night import Gate, Hook, Night, Trouble, bytes_of
 from conjoin.pipeline.plan import Plan, changed_since, load_plan
 from conjoin.pipeline.progress import ShowProgress, silent
-from conjoin.pipeline.publish import Expected, Lease, check_gates, check_lease, publish, take_lease
+from conjoin.pipeline.publish import Entry, Lease, check_lease, publish, reject, take_lease
+from conjoin.pipeline.quarantine import groups_of, rows_of
+from conjoin.pipeline.retries import due
 from conjoin.pipeline.state import manifest_of_run, read_manifest
 from conjoin.pipeline.survey import is_current, survey
 from conjoin.pipeline.units import Record, read_records
@@ -36,40 +44,63 @@ if TYPE_CHECKING:
     import lance
 
     from conjoin.jobs.config import RunFile
+    from conjoin.pipeline.draft import Base
 
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class RunReport:
-    """One night. seconds: by step; rows_per_s: of embedding, per wall second of this attempt's actors.
+def run(config: RunFile, date: dt.date | None = None, *, full: bool = False, progress: ShowProgress = silent) -> Night:
+    """Bring the table up to date with the source and publish it.
 
-    status: `published`, `unchanged` (nothing to do), `rejected` (a gate failed) or `abandoned` (--full started over).
+    date: the logical date, today by default; full: make the whole table anew, whatever is published, and start over
+    where an unfinished run cannot be resumed. Raises the ConjoinError of the step that failed; Interrupted on Ctrl-C.
     """
+    catalog = _catalog(config)
+    uri = catalog.table.path
+    with _saying_how_far(uri):
+        lease = take_lease(uri, f"{catalog.name} on {socket.gethostname()}, process {os.getpid()}")
+        report = None
+        for plan in _resumable(uri, full=full):
+            report = _night(_Tonight(config, catalog, plan, lease, progress))
+        clock = _Clock()
+        base = clock("survey", lambda: base_of(uri, full=full and report is None))
+        found = clock("survey", lambda: survey(catalog, base.known))
+        again = _due(catalog, base)
+        if again is None and is_current(base.manifest, found, catalog.embed.precision):
+            return report or _unchanged(uri)
+        run_id = runs.next_run_id(uri, catalog.name, date or dt.date.today())  # noqa: DTZ011
+        with clock.timing("plan"), drafting(catalog, found, base, again) as draft:
+            _check_limits(config, draft.embedded, found.fingerprint)
+            plan = freeze(draft, run_id, runs.run_directory(uri, run_id))
+        return _night(_Tonight(config, catalog, plan, lease, progress, clock))
 
-    run_id: str
-    status: Literal["published", "unchanged", "rejected", "abandoned"]
-    version: int = 0
-    rows: int = 0
-    counts: Mapping[str, int] = field(default_factory=dict)
-    quarantined: int = 0
-    units: int = 0
-    fingerprint: str = ""
-    encoder: str = ""
-    rows_per_s: float = 0.0
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    indexes: tuple[Mapping[str, object], ...] = ()
-    problem: str = ""
 
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
+def plan(config: RunFile, *, full: bool = False) -> Forecast:
+    """What `run` would do now; nothing is written. `over` says which of the limits it would break.
+
+    Raises SourceError, TableError or EncoderError for what would stop the night before it starts.
+    """
+    catalog = _catalog(config)
+    base = base_of(catalog.table.path, full=full, restoring=False)
+    found = survey(catalog, base.known)
+    with drafting(catalog, found, base, _due(catalog, base)) as draft:
+        rate = last_rate(catalog.table.path, found.fingerprint)
+        if rate is None:
+            return forecast(draft)
+        cluster = config.cluster
+        expected = estimate(draft.embedded, rate, cluster.gpus, cluster.price_per_gpu_hour)
+        try:
+            check_limits(expected, config.limits)
+        except GateError as error:
+            return forecast(draft, expected, error.what)
+        return forecast(draft, expected)
 
 
 class _Clock:
-    """Seconds by step."""
+    """Seconds by step, and when the first began."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.started, self.seconds = _now(), dict[str, float]()
 
     def __call__(self, step: str, action: Callable[[], _T]) -> _T:
         with self.timing(step):
@@ -84,117 +115,202 @@ class _Clock:
             self.seconds[step] = round(self.seconds.get(step, 0) + time.monotonic() - started, 3)
 
 
-def run(
-    config: RunFile, date: dt.date | None = None, *, full: bool = False, progress: ShowProgress = silent
-) -> RunReport:
-    """Bring the table up to date with the source and publish it.
-
-    date: the logical date, today by default; full: make the whole table anew, whatever is published, and start over
-    where an unfinished run cannot be resumed. Raises the ConjoinError of the step that failed; Interrupted on Ctrl-C.
-    """
-    catalog = _catalog(config)
-    uri = catalog.table.path
-    with _saying_how_far(uri):
-        night = _Night(
-            config, catalog, take_lease(uri, f"{catalog.name} of {socket.gethostname()}"), _Clock(), progress
-        )
-        report = None
-        for plan in _resumable(night, full=full):
-            report = _finish(night, plan)
-        base = night.clock("survey", lambda: base_of(uri, full=full and report is None))
-        found = night.clock("survey", lambda: survey(catalog, base.known))
-        due = due_rows(base)
-        if due is None and is_current(base.manifest, found, catalog.embed.precision):
-            return report or _unchanged(uri)
-        run_id = runs.next_run_id(uri, catalog.name, date or dt.date.today())  # noqa: DTZ011
-        with night.clock.timing("plan"), drafting(catalog, found, base, due) as draft:
-            _check_limits(config, draft.embedded, found.fingerprint)
-            plan = freeze(draft, run_id, runs.run_directory(uri, run_id))
-        return _finish(night, plan)
-
-
-def plan(config: RunFile, *, full: bool = False) -> Forecast:
-    """What `run` would do now; nothing is written. `over` says which of the limits it would break.
-
-    Raises SourceError, TableError or EncoderError for what would stop the night before it starts.
-    """
-    catalog = _catalog(config)
-    base = base_of(catalog.table.path, full=full, restoring=False)
-    found = survey(catalog, base.known)
-    with drafting(catalog, found, base, due_rows(base)) as draft:
-        rate = last_rate(catalog.table.path, found.fingerprint)
-        if rate is None:
-            return forecast(draft)
-        cluster = config.cluster
-        expected = estimate(draft.embedded, rate, cluster.gpus, cluster.price_per_gpu_hour)
-        try:
-            check_limits(expected, config.limits)
-        except GateError as error:
-            return forecast(draft, expected, error.what)
-        return forecast(draft, expected)
-
-
-@dataclass(frozen=True, slots=True)
-class _Night:
-    """What every step needs."""
+@dataclass(slots=True)
+class _Tonight:
+    """What the steps of one run need, and what they find out."""
 
     config: RunFile
     catalog: Catalog
+    plan: Plan
     lease: Lease
-    clock: _Clock
     progress: ShowProgress
+    clock: _Clock = field(default_factory=_Clock)
+    records: Mapping[int, Record] = field(default_factory=dict)
+    gates: tuple[GateResult, ...] = ()
+    indexes: tuple[Mapping[str, object], ...] = ()
+
+    @property
+    def uri(self) -> str:
+        return self.catalog.table.path
+
+    @property
+    def directory(self) -> str:
+        return runs.run_directory(self.uri, self.plan.run_id)
 
 
-def _finish(night: _Night, plan: Plan) -> RunReport:
-    """embed and stage -> candidate and its gates -> commit -> swap columns -> index -> gates -> publish -> report."""
-    uri, clock, gates = night.catalog.table.path, night.clock, night.config.gates
-    run, records = runs.run_directory(uri, plan.run_id), read_records(runs.run_directory(uri, plan.run_id), plan.digest)
-    try:
-        if store.committed(uri, plan.run_id) is None:
-            attempt = clock("columns", lambda: _attempt(night, plan, resumed=bool(records)))
-            records = clock(
-                "embed",
-                lambda: embed(plan.catalog(night.catalog), plan, attempt, progress=night.progress),
-            )
-            work = clock("state", lambda: landing.prepare(uri, run, plan, records))
-            candidate = clock("candidate", lambda: store.candidate(uri, work))
-            if candidate is not None and not plan.change.renamed:
-                clock("gates", lambda: check_gates(candidate, _expected(uri, plan), gates, _live(uri)))
-            check_lease(night.lease)
-            clock("commit", lambda: store.commit(uri, work))
-        clock(
-            "swap", lambda: swap_columns(store.open_version(uri, None), plan.change.dropped, dict(plan.change.renamed))
-        )
-        check_lease(night.lease)
-        indexes = clock("index", lambda: build(uri, night.config.table))
-        indexed = store.open_version(uri, None)
-        clock("gates on the head", lambda: check_gates(indexed, _expected(uri, plan), gates, _live(uri)))
-        version = int(store.open_version(uri, None).version)
-        clock("publish", lambda: publish(uri, version, plan.run_id, night.lease))
-    except GateError as error:
-        _rejected(uri, plan, records, clock, error)
-    report = _report(plan, records, clock, version, tuple(asdict(index) for index in indexes))
-    report = replace(report, rows=manifest_of_run(uri, plan.run_id).rows)
-    runs.finish(uri, plan.run_id, report.to_json())
-    return report
+def _night(tonight: _Tonight) -> Night:
+    """The steps of one planned run, in order."""
+    uri, plan, clock = tonight.uri, tonight.plan, tonight.clock
+    tonight.records = read_records(tonight.directory, plan.digest)
+    with Heartbeat(uri, plan.run_id, tonight.progress) as heart:
+
+        def step(name: str, action: Callable[[], _T]) -> _T:
+            check_lease(tonight.lease)
+            heart.step(name)
+            return clock(name, action)
+
+        try:
+            if store.committed(uri, plan.run_id) is None:
+                attempt = step("columns", lambda: _attempt(tonight))
+                planned = plan.catalog(tonight.catalog)
+                tonight.records = step("embed", lambda: embed(planned, plan, attempt, progress=heart.show))
+                work = step("state", lambda: landing.prepare(uri, tonight.directory, plan, tonight.records))
+                candidate = step("candidate", lambda: store.candidate(uri, work))
+                if candidate is not None:
+                    tonight.gates = step("gates", lambda: _judge(tonight, candidate))
+                step("commit", lambda: store.commit(uri, work))
+            step("columns", lambda: _swap(tonight))
+            tonight.indexes = step("index", lambda: _index(tonight))
+            tonight.gates = step("gates on the head", lambda: _judge_head(tonight))
+            version = int(store.open_version(uri, None).version)
+            entry = step("publish", lambda: publish(uri, version, plan.run_id, tonight.lease))
+        except GateError as error:
+            _rejected(tonight, error)
+        hook = clock("hook", lambda: run_hook(tonight.config.publish, uri, entry))
+    found = _report(tonight, "published", version, entry)
+    return _write(uri, replace(found, hook=None if hook is None else Hook(**asdict(hook))))
 
 
-def _expected(uri: str, plan: Plan) -> Expected:
-    columns = tuple(name for name in plan.schema.names if name.endswith("_vec"))
-    return Expected(manifest_of_run(uri, plan.run_id).rows, plan.fingerprint, columns)
-
-
-def _attempt(night: _Night, plan: Plan, *, resumed: bool) -> Attempt:
+def _attempt(tonight: _Tonight) -> Attempt:
     """Columns that edits will fill are there first; files that changed since the plan are left to the next night."""
-    uri = night.catalog.table.path
-    head = store.head(uri)
+    plan, head = tonight.plan, store.head(tonight.uri)
     if head is not None and not plan.whole:
-        check_lease(night.lease)
-        add_columns(head, pa.schema([plan.working.field(name) for name in plan.change.added]))
-        head = store.open_version(uri, None)
-    left = frozenset(changed_since(plan, {}) if resumed else ())
+        edits.add_columns(head, pa.schema([plan.working.field(name) for name in plan.change.added]))
+        head = store.open_version(tonight.uri, None)
+    left = frozenset(changed_since(plan, {}) if tonight.records else ())
     version = 0 if head is None else int(head.version)
-    return Attempt(version, left, night.config.cluster.address, lambda: check_lease(night.lease))
+    return Attempt(version, left, tonight.config.cluster.address, lambda: check_lease(tonight.lease))
+
+
+def _judge(tonight: _Tonight, candidate: lance.LanceDataset) -> tuple[GateResult, ...]:
+    planned, gates = tonight.plan.catalog(tonight.catalog), tonight.config.gates
+    return check_gates(candidate, _expected(tonight), gates, _live(tonight.uri), planned)
+
+
+def _judge_head(tonight: _Tonight) -> tuple[GateResult, ...]:
+    head, planned = store.open_version(tonight.uri, None), tonight.plan.catalog(tonight.catalog)
+    return check_indexed(
+        head, _expected(tonight), tonight.config.gates, planned, _live(tonight.uri), earlier=tonight.gates
+    )
+
+
+def _swap(tonight: _Tonight) -> None:
+    """A new encoder's columns take the place of the old ones; columns that are kept no more go."""
+    change = tonight.plan.change
+    edits.swap_columns(store.open_version(tonight.uri, None), change.dropped, dict(change.renamed))
+
+
+def _index(tonight: _Tonight) -> tuple[Mapping[str, object], ...]:
+    texts = index_texts(tonight.uri, tonight.config.table.full_text)
+    vectors = build(tonight.uri, tonight.config.table)
+    return (*(asdict(text) for text in texts), *(asdict(index) for index in vectors))
+
+
+def _expected(tonight: _Tonight) -> Expected:
+    """What the gates hold the version against; where rows were left or have no usable value, ids are not counted."""
+    uri, plan, records = tonight.uri, tonight.plan, tonight.records.values()
+    manifest = manifest_of_run(uri, plan.run_id)
+    bad = rows_of(uri, manifest)
+    columns = tuple(name for name in plan.schema.names if name.endswith("_vec"))
+    known = not plan.whole and not any(record.left or record.excluded for record in records)
+    quarantined = 0 if bad is None else len(bad["id"].unique())
+    added = plan.counts["new"] if known and "new" in plan.counts and not quarantined else None
+    return Expected(manifest.rows, plan.fingerprint, columns, added, None, quarantined)
+
+
+def _rejected(tonight: _Tonight, error: GateError) -> NoReturn:
+    """Tag what failed, give plain readers of the head the live rows again, and write down why."""
+    uri, run_id = tonight.uri, tonight.plan.run_id
+    tonight.gates = error.results
+    version = store.committed(uri, run_id)
+    number = int(error.where.rpartition(" ")[2]) if version is None else int(store.open_version(uri, None).version)
+    entry = reject(uri, number, run_id)
+    if _live(uri) is not None:
+        store.restore(uri)
+    _write(uri, replace(_report(tonight, "rejected", number, entry), problem=str(error)))
+    raise error
+
+
+def _report(tonight: _Tonight, status: str, version: int, entry: Entry) -> Night:
+    uri, plan, records = tonight.uri, tonight.plan, tonight.records
+    manifest = manifest_of_run(uri, plan.run_id)
+    bad = rows_of(uri, manifest)
+    groups = () if bad is None else groups_of(bad)
+    seconds = sum(record.seconds for record in records.values())
+    embedded = sum(records[unit.number].planned for unit in plan.units if unit.embed and unit.number in records)
+    return Night(
+        run_id=plan.run_id,
+        status=status,
+        table=uri,
+        source=tuple(plan.catalog(tonight.catalog).paths),
+        started=tonight.clock.started,
+        finished=_now(),
+        version=version,
+        previous=entry.before or 0,
+        base=plan.base_version,
+        rows=manifest.rows,
+        units=len(plan.units),
+        quarantined=sum(group.count for group in groups),
+        bytes_written=bytes_of([record.fragment for record in records.values()]),
+        rows_per_s=round(embedded / max(seconds, 1e-9), 1),
+        fingerprint=plan.fingerprint,
+        encoder=plan.encoder,
+        counts={kind: count for kind, count in plan.counts.items() if count},
+        gates=tuple(Gate(**asdict(result)) for result in tonight.gates),
+        seconds=tonight.clock.seconds,
+        indexes=tonight.indexes,
+        troubles=tuple(Trouble(**asdict(group)) for group in groups),
+        left=tuple(sorted({path for record in records.values() for path in record.left})),
+    )
+
+
+def _write(uri: str, night: Night) -> Night:
+    """The page first: a run is over once its report is there."""
+    night_page.write(uri, night)
+    runs.finish(uri, night.run_id, night.to_json())
+    return night
+
+
+def _resumable(uri: str, *, full: bool) -> Iterator[Plan]:
+    """Unfinished runs, oldest first; one whose base is live no more (a rollback), or any with `full`, is abandoned."""
+    for run_id in runs.unfinished(uri):
+        plan = load_plan(runs.run_directory(uri, run_id))
+        problem = _obstacle(uri, plan, full=full)
+        if not problem:
+            yield plan
+            continue
+        runs.finish(uri, run_id, Night(run_id, "abandoned", uri, problem=problem).to_json())
+
+
+def _obstacle(uri: str, plan: Plan, *, full: bool) -> str:
+    """Why an unfinished plan is given up, empty if it is finished first."""
+    live = _live(uri)
+    live_run = "" if live is None else store.run_of(live).get(store.RUN_ID, "")
+    if not plan.whole and live_run not in (plan.base_run, plan.run_id):
+        return f"built on run {plan.base_run}, live is {live_run or 'nothing'}"
+    if store.committed(uri, plan.run_id) is not None:
+        return ""
+    if full:
+        return "started over by --full"
+    if not read_records(runs.run_directory(uri, plan.run_id), plan.digest) and changed_since(plan, {}):
+        return "the source changed before the first unit was done"
+    return ""
+
+
+def _unchanged(uri: str) -> Night:
+    """The report of a night with nothing to do: what is live."""
+    dataset = store.open_version(uri)
+    facts, manifest = store.run_of(dataset), read_manifest(dataset)
+    assert manifest is not None
+    return Night(
+        run_id=facts[store.RUN_ID],
+        status="unchanged",
+        table=uri,
+        version=int(dataset.version),
+        rows=manifest.rows,
+        fingerprint=manifest.fingerprint,
+        encoder=manifest.encoder,
+    )
 
 
 def _check_limits(config: RunFile, rows: int, fingerprint: str) -> None:
@@ -204,87 +320,9 @@ def _check_limits(config: RunFile, rows: int, fingerprint: str) -> None:
         check_limits(estimate(rows, rate, config.cluster.gpus, config.cluster.price_per_gpu_hour), config.limits)
 
 
-def _report(
-    plan: Plan, records: Mapping[int, Record], clock: _Clock, version: int, indexes: tuple[Mapping[str, object], ...]
-) -> RunReport:
-    seconds = sum(record.seconds for record in records.values())
-    embedded = sum(records[unit.number].planned for unit in plan.units if unit.embed and unit.number in records)
-    return RunReport(
-        run_id=plan.run_id,
-        status="published",
-        version=version,
-        counts={kind: count for kind, count in plan.counts.items() if count},
-        quarantined=sum(record.quarantined for record in records.values()),
-        units=len(plan.units),
-        fingerprint=plan.fingerprint,
-        encoder=plan.encoder,
-        rows_per_s=round(embedded / max(seconds, 1e-9), 1),
-        seconds=clock.seconds,
-        indexes=indexes,
-    )
-
-
-def _rejected(uri: str, plan: Plan, records: Mapping[int, Record], clock: _Clock, error: GateError) -> NoReturn:
-    quarantined = sum(record.quarantined for record in records.values())
-    report = RunReport(
-        plan.run_id,
-        "rejected",
-        quarantined=quarantined,
-        units=len(plan.units),
-        fingerprint=plan.fingerprint,
-        encoder=plan.encoder,
-        seconds=clock.seconds,
-        problem=str(error),
-    )
-    runs.finish(uri, plan.run_id, report.to_json())
-    raise error
-
-
-def _resumable(night: _Night, *, full: bool) -> Iterator[Plan]:
-    """Unfinished runs, oldest first; one whose base is live no more (a rollback), or any with `full`, is abandoned."""
-    uri = night.catalog.table.path
-    for run_id in runs.unfinished(uri):
-        plan = load_plan(runs.run_directory(uri, run_id))
-        problem = "" if store.committed(uri, run_id) and not full else _obstacle(uri, plan, full=full)
-        if _is_stale(uri, plan):
-            problem = f"built on run {plan.base_run}, live is {_live_run(uri) or 'nothing'}"
-        if not problem:
-            yield plan
-            continue
-        runs.finish(uri, run_id, RunReport(run_id, "abandoned", problem=problem).to_json())
-
-
-def _obstacle(uri: str, plan: Plan, *, full: bool) -> str:
-    """Why an uncommitted plan is given up, empty if it is finished first."""
-    if full and store.committed(uri, plan.run_id) is None:
-        return "started over by --full"
-    if not read_records(runs.run_directory(uri, plan.run_id), plan.digest) and changed_since(plan, {}):
-        return "the source changed before the first unit was done"
-    return ""
-
-
-def _is_stale(uri: str, plan: Plan) -> bool:
-    return not plan.whole and _live_run(uri) not in (plan.base_run, plan.run_id)
-
-
-def _live_run(uri: str) -> str:
-    live = _live(uri)
-    return "" if live is None else store.run_of(live).get(store.RUN_ID, "")
-
-
-def _unchanged(uri: str) -> RunReport:
-    """The report of a night with nothing to do: what is live."""
-    dataset = store.open_version(uri)
-    facts, manifest = store.run_of(dataset), read_manifest(dataset)
-    assert manifest is not None
-    return RunReport(
-        run_id=facts[store.RUN_ID],
-        status="unchanged",
-        version=int(dataset.version),
-        rows=manifest.rows,
-        fingerprint=manifest.fingerprint,
-        encoder=manifest.encoder,
-    )
+def _due(catalog: Catalog, base: Base) -> pa.Table | None:
+    """Quarantined values to try again tonight, None if there are none."""
+    return None if base.manifest is None else due(catalog.table.path, base.manifest, catalog.embed.retries)
 
 
 def _live(uri: str) -> lance.LanceDataset | None:
@@ -297,6 +335,10 @@ def _catalog(config: RunFile) -> Catalog:
     if config.encoder is None:
         raise ConfigError("the run file names no encoder", next="`conjoin train` makes one; then set `encoder:`")
     return Catalog(config.name, config.source, config.encoder, config.table, config.embed).absolute()
+
+
+def _now() -> str:
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
 
 @contextmanager

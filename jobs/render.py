@@ -17,9 +17,9 @@ from conjoin.pipeline.errors import ConfigError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from conjoin.jobs.nightly import RunReport
     from conjoin.pipeline.evaluate import Evaluation
     from conjoin.pipeline.metrics import Estimate
+    from conjoin.pipeline.night import Night
     from conjoin.pipeline.publish import Entry
 
 Style = Literal["table", "json", "csv"]
@@ -184,7 +184,7 @@ def _interval(found: Estimate) -> str:
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
-def night_report(report: RunReport) -> str:
+def night_report(report: Night) -> str:
     """One screen about a night."""
     if report.status == "unchanged":
         return f"nothing to do: version {report.version} of run {report.run_id} is live with {report.rows:,} rows"

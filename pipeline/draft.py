@@ -75,19 +75,6 @@ def base_of(uri: str, *, full: bool = False, restoring: bool = True) -> Base:
     return Base(open_version(uri, None), live if manifest else None, manifest)
 
 
-def due_rows(base: Base) -> pa.Table | None:
-    """Quarantined values to try again tonight, None if there are none: what could not be fetched may come back."""
-    import pyarrow.compute as pc
-
-    from conjoin.pipeline.quarantine import read_quarantine
-
-    found = None if base.live is None else read_quarantine(str(base.live.uri), int(base.live.version))
-    if found is None:
-        return None
-    due = found.filter(pc.equal(found["stage"], "fetch"))
-    return due if due.num_rows else None
-
-
 @dataclass(frozen=True, slots=True)
 class Draft:
     """anew: modalities whose vectors are all computed again; schema, change: of the table's columns."""

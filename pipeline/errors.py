@@ -18,6 +18,11 @@ Assumes: workers raise and never return a status; retries look only at `.retryab
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from conjoin.pipeline.gates import GateResult
+
 
 class ConjoinError(Exception):
     """what: one sentence. where: path, row id or version. next: what to do now."""
@@ -72,7 +77,18 @@ class ConservationError(TableError):
 
 
 class GateError(ConjoinError):
-    """A gate failed; nothing was published."""
+    """A gate failed; nothing was published. results: of all gates, those that passed too."""
+
+    def __init__(self, what: str, *, where: str = "", next: str = "", results: tuple[GateResult, ...] = ()) -> None:  # noqa: A002
+        super().__init__(what, where=where, next=next)
+        self.results = results
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_gate, (self.what, self.where, self.next, self.results)
+
+
+def _rebuild_gate(what: str, where: str, next_step: str, results: tuple[GateResult, ...]) -> GateError:
+    return GateError(what, where=where, next=next_step, results=results)
 
 
 class QueryError(ConjoinError):

@@ -1,4 +1,4 @@
-"""Gates, then one tag move; rollback; history.
+"""One tag move; rollback; history.
 
 Assumes: readers use the tag `live`; nothing is visible to them before it moves. Lance tags have no compare-and-set, so
 two publishers are kept apart by numbered leases that are read again just before and just after a move; the moment
@@ -15,51 +15,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
 from conjoin.pipeline import storage, store
-from conjoin.pipeline.errors import GateError, TableError
-from conjoin.pipeline.section import Section
+from conjoin.pipeline.errors import TableError
 
 if TYPE_CHECKING:
     import lance
-    import numpy as np
-    import pyarrow as pa
 
 PREVIOUS = "previous"
 REJECTED = "rejected-"  # begins the tag of a version that failed its gates; the run follows
 DETACHED = 1 << 63  # versions beside the head are numbered from here on
-_SAMPLE = 20_000  # rows whose vectors the gates look at; all of a smaller table
-_SEED = 20_240_602
-# Off unit length by more than rounding: float16 keeps about three digits.
-_LENGTH_ERROR = {"float": 1e-4, "halffloat": 2e-3}
-
-
-class Gates(Section):
-    """What must hold before readers see a version."""
-
-    row_change: float = Field(0.05, ge=0, description="largest relative change of the row count against live")
-    duplicate_vectors: float = Field(
-        0.5, ge=0, le=1, description="largest share of vectors that equal another one of different content"
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """What the plan promised. fingerprint: of the encoder of every vector column; columns: their names."""
-
-    num_rows: int
-    fingerprint: str
-    columns: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class GateResult:
-    """One gate: what was found, in one sentence with its numbers."""
-
-    name: str
-    passed: bool
-    detail: str
 
 
 Action = Literal["publish", "rollback", "forced", "rejected"]
@@ -91,119 +55,6 @@ class Lease:
     owner: str
 
 
-def check_gates(
-    dataset: lance.LanceDataset, expected: Expected, gates: Gates, live: lance.LanceDataset | None = None
-) -> tuple[GateResult, ...]:
-    """Every gate that needs no index, on a candidate; live: what it is compared with, None on the first night.
-
-    Raises GateError naming every failed gate with its numbers; nothing has moved then.
-    """
-    results = [*_row_gates(dataset, expected, gates, live), *_column_gates(dataset, expected)]
-    for column in store.vector_columns(dataset).values():
-        rows = _sampled(dataset, column)
-        vectors = rows.column(column.name).combine_chunks().drop_null()
-        results.append(_length_gate(column, vectors))
-        results.append(_duplicate_gate(column, rows, gates))
-    failed = [result for result in results if not result.passed]
-    if failed:
-        raise GateError(
-            "; ".join(f"{result.name}: {result.detail}" for result in failed),
-            where=f"{dataset.uri} version {dataset.version}",
-            next="Nothing was published and readers see what they saw before. If the change is meant, raise the gate "
-            "in the run file and run again",
-        )
-    return tuple(results)
-
-
-def _row_gates(
-    dataset: lance.LanceDataset, expected: Expected, gates: Gates, live: lance.LanceDataset | None
-) -> list[GateResult]:
-    import pyarrow.compute as pc
-
-    found = dataset.count_rows()
-    ids = dataset.to_table(columns=["id"]).column(0)
-    doubled = len(ids) - pc.count_distinct(ids, mode="all").as_py()
-    results = [
-        GateResult("rows", found == expected.num_rows, f"{found} rows, the plan has {expected.num_rows}"),
-        GateResult("ids", doubled == 0 and ids.null_count == 0, f"{doubled} repeated and {ids.null_count} null ids"),
-    ]
-    if live is not None:
-        before = live.count_rows()
-        change = abs(found - before) / max(before, 1)
-        detail = f"{before} -> {found} rows is a change of {change:.1%}, allowed are {gates.row_change:.1%}"
-        results.append(GateResult("row change", change <= gates.row_change, detail))
-    return results
-
-
-def _column_gates(dataset: lance.LanceDataset, expected: Expected) -> list[GateResult]:
-    columns = store.vector_columns(dataset)
-    results = [
-        GateResult("columns", set(columns) == set(expected.columns), f"vector columns are {', '.join(sorted(columns))}")
-    ]
-    for name, column in columns.items():
-        size = dataset.schema.field(name).type.list_size
-        same = column.fingerprint == expected.fingerprint
-        detail = f"{name}: encoder {column.fingerprint[:12]}, expected {expected.fingerprint[:12]}"
-        results.append(GateResult("encoder", same, detail))
-        detail = f"{name}: {size} dimensions, its metadata says {column.dim}"
-        results.append(GateResult("dimension", size == column.dim, detail))
-    return results
-
-
-def _sampled(dataset: lance.LanceDataset, column: store.VectorColumn) -> pa.Table:
-    import numpy as np
-
-    wanted = [column.name, f"{column.modality}_hash"]
-    columns = [name for name in wanted if name in dataset.schema.names]
-    num_rows = dataset.count_rows()
-    if num_rows <= _SAMPLE:
-        return dataset.to_table(columns=columns)
-    rows = np.random.default_rng(_SEED).choice(num_rows, _SAMPLE, replace=False)
-    return dataset.take(np.sort(rows), columns=columns)
-
-
-def _length_gate(column: store.VectorColumn, vectors: pa.Array) -> GateResult:
-    import numpy as np
-
-    matrix = _matrix(vectors)
-    finite = np.isfinite(matrix).all(axis=1)
-    error = np.abs(np.linalg.norm(np.where(finite[:, None], matrix, 0), axis=1) - 1)
-    limit = _LENGTH_ERROR.get(str(vectors.type.value_type), 1e-4)
-    broken, off = int((~finite).sum()), int((finite & (error > limit)).sum())
-    detail = f"{column.name}: {broken} not finite and {off} not of unit length, of {len(matrix)} looked at"
-    return GateResult("vectors", broken == off == 0, detail)
-
-
-def _duplicate_gate(column: store.VectorColumn, rows: pa.Table, gates: Gates) -> GateResult:
-    """An encoder that collapsed gives one vector to different contents."""
-    import numpy as np
-    import pyarrow as pa
-
-    present = rows.filter(pa.compute.is_valid(rows.column(column.name)))
-    matrix = _matrix(present.column(column.name).combine_chunks())
-    keys = np.ascontiguousarray(matrix).view(np.dtype((np.void, matrix.itemsize * matrix.shape[1]))).ravel()
-    _, group = np.unique(keys, return_inverse=True)
-    contents = group
-    if f"{column.modality}_hash" in rows.schema.names:
-        hashes = present.column(f"{column.modality}_hash").combine_chunks().cast(pa.binary()).to_pylist()
-        _, contents = np.unique(np.array([value or b"" for value in hashes], dtype="S16"), return_inverse=True)
-    pairs = np.unique(np.stack([group, contents], axis=1), axis=0)
-    contents_per_vector = np.bincount(pairs[:, 0], minlength=1)
-    shared = int((contents_per_vector[group] > 1).sum()) if len(group) else 0
-    share = shared / max(len(group), 1)
-    detail = (
-        f"{column.name}: {share:.1%} share their vector with another content, allowed are {gates.duplicate_vectors:.1%}"
-    )
-    return GateResult("duplicate vectors", share <= gates.duplicate_vectors, detail)
-
-
-def _matrix(vectors: pa.Array) -> np.ndarray:
-    import numpy as np
-
-    width = vectors.type.list_size
-    return vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, width)
-
-
 def take_lease(uri: str, owner: str) -> Lease:
     """The next number, higher than everybody's; whoever held a lower one is overtaken from now on."""
     while True:
@@ -221,9 +72,9 @@ def check_lease(lease: Lease) -> None:
         path = storage.join(_lease_directory(lease.uri), f"{newest:08d}.json")
         other = storage.read_json(path)["owner"]
         raise TableError(
-            f"run {other} took over while run {lease.owner} was publishing",
+            f"{other} took over from {lease.owner}",
             where=lease.uri,
-            next="Look at `conjoin history`; run again if this run should win",
+            next="Nothing is lost, the other one goes on; `conjoin status` shows it. Run again if this one should win",
         )
 
 

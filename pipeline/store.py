@@ -225,6 +225,8 @@ def lineage(dataset: lance.LanceDataset) -> Iterator[tuple[int, Mapping[str, str
     while version > 0:
         try:
             transaction = dataset.read_transaction(version)
+        except TypeError:  # pylance 14 cannot describe a compaction that remapped an index; that is no run's commit
+            transaction = None
         except (OSError, ValueError):
             return
         if transaction is not None and isinstance(transaction.operation, lance.LanceOperation.Restore):

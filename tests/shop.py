@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from conjoin.jobs.config import RunFile
-from conjoin.jobs.nightly import RunReport, run
+from conjoin.jobs.nightly import run
 from conjoin.pipeline import embed, embedder, store
+from conjoin.pipeline.night import Night
 from conjoin.pipeline.plan import load_plan
 from conjoin.pipeline.runs import run_directory
 from conjoin.pipeline.stager import Order, Stager
@@ -78,7 +79,7 @@ class Shop:
         }
         return RunFile.model_validate({**fields, **self.more, **changes})
 
-    def night(self, **changes: object) -> RunReport:
+    def night(self, **changes: object) -> Night:
         self.embedded.clear()
         return run(self.config(**changes), DATE)
 
@@ -101,7 +102,7 @@ class Shop:
                 assert ours[name].to_pylist() == theirs[name].to_pylist(), name
         self.embedded[:] = embedded
 
-    def plan(self, report: RunReport) -> Mapping[str, int]:
+    def plan(self, report: Night) -> Mapping[str, int]:
         return {
             k: n
             for k, n in load_plan(run_directory(str(self.folder / "things.lance"), report.run_id)).counts.items()

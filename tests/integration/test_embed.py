@@ -21,7 +21,8 @@ import pytest
 from PIL import Image
 
 from conjoin.jobs.config import RunFile, read_run_file
-from conjoin.jobs.nightly import RunReport, run
+from conjoin.jobs.nightly import run
+from conjoin.pipeline import night as records
 from conjoin.pipeline import storage, store
 from conjoin.pipeline.embedder import load
 from conjoin.pipeline.errors import EncoderError, SourceError
@@ -40,7 +41,7 @@ class Night:
     """One finished night. events: what was shown while it ran."""
 
     config: RunFile
-    report: RunReport
+    report: records.Night
     events: list[Progress]
 
     @property

@@ -1,11 +1,18 @@
-"""Tiny checkpoints of other libraries, made once."""
+"""Tiny checkpoints of other libraries, made once; tables as nights make them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import lance
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
+from lance.fragment import write_fragments
 
 
 @pytest.fixture(scope="session")
@@ -63,3 +70,74 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name / "preprocessor_config.json").write_text(json.dumps(stored))
     library.ClapFeatureExtractor(truncation="rand_trunc").save_pretrained(folder / "clap")
     return folder
+
+
+@dataclass(frozen=True, slots=True)
+class Nights:
+    """A table as nights with run ids make it, without Ray."""
+
+    uri: str
+
+    def first(self, rows: pa.Table, run: str = "r1", *, fragments: int = 4, live: bool = True) -> Any:
+        staged = write_fragments(
+            rows,
+            self.uri,
+            schema=rows.schema,
+            mode="create",
+            max_rows_per_file=-(-rows.num_rows // fragments),
+            data_storage_version="2.2",
+        )
+        operation = lance.LanceOperation.Overwrite(rows.schema, staged)
+        transaction = lance.Transaction(read_version=0, operation=operation, transaction_properties={"run_id": run})
+        lance.LanceDataset.commit(self.uri, transaction, enable_stable_row_ids=False)
+        return self.publish() if live else lance.dataset(self.uri)
+
+    def next(
+        self,
+        run: str,
+        *,
+        delete: Sequence[object] = (),
+        insert: pa.Table | None = None,
+        columns: pa.Table | None = None,
+        properties: Mapping[str, str] | None = None,
+        detached: bool = False,
+    ) -> Any:
+        """One Update: rows deleted by id, rows inserted, columns of the rows with these ids written anew."""
+        head = lance.dataset(self.uri)
+        updated, fields = {}, []
+        for fragment in head.get_fragments():
+            found = fragment.to_table(columns=["id"], with_row_address=True)
+            gone = found.filter(pc.is_in(found["id"], value_set=pa.array(list(delete), found["id"].type)))
+            number = fragment.fragment_id
+            if columns is not None and pc.any(pc.is_in(found["id"], value_set=columns["id"])).as_py():
+                updated[number], fields = fragment.update_columns(columns, left_on="id", right_on="id")
+            if gone.num_rows:
+                left = fragment.delete_rows([address & 0xFFFFFFFF for address in gone["_rowaddr"].to_pylist()])
+                if number in updated:
+                    updated[number].deletion_file = left.deletion_file
+                else:
+                    updated[number] = left
+        operation = lance.LanceOperation.Update(
+            updated_fragments=list(updated.values()),
+            new_fragments=write_fragments(insert, self.uri, mode="append") if insert is not None else [],
+            fields_modified=list(fields),
+            update_mode="rewrite_columns" if fields else "rewrite_rows",
+        )
+        transaction = lance.Transaction(
+            read_version=head.version,
+            operation=operation,
+            transaction_properties={**(properties or {}), "run_id": run},
+        )
+        return lance.LanceDataset.commit(self.uri, transaction, detached=detached)
+
+    def publish(self) -> Any:
+        """The head becomes live."""
+        head = lance.dataset(self.uri)
+        (head.tags.update if "live" in head.tags.list() else head.tags.create)("live", head.version)
+        return head
+
+
+@pytest.fixture
+def nights(tmp_path: Path) -> Nights:
+    """An empty place for a table."""
+    return Nights(f"{tmp_path}/nights.lance")

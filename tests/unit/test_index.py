@@ -8,9 +8,10 @@ from typing import Any
 
 import lance
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from conjoin.pipeline import index, storage, store
+from conjoin.pipeline import index, measures, recall, storage, store
 
 MANY = 20_000
 
@@ -39,7 +40,7 @@ def built(
 @pytest.fixture
 def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the figure itself is not looked at closely."""
-    monkeypatch.setattr(index, "_QUERIES", 12)
+    monkeypatch.setattr(measures, "QUERIES", 12)
 
 
 def test_a_small_table_has_an_index_on_id_alone(make_table: Callable[..., Any]) -> None:
@@ -172,3 +173,185 @@ def test_a_killed_build_is_repeated(make_table: Callable[..., Any]) -> None:
 def test_nothing_is_said_on_stderr(built: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     index.settings(built[0].uri, lance.dataset(built[0].uri))
     assert capfd.readouterr().err == ""
+
+
+def indexed(uri: str, recall: float = 0.9, columns: list[str] | None = None) -> dict[str, index.IndexReport]:
+    return by_column(index.build(uri, config(uri, recall), columns, exact_floats=1000))
+
+
+@pytest.fixture
+def one_column(make_table: Callable[..., Any], tmp_path: Path) -> Callable[[int, int], pa.Table]:
+    """rows(number, seed): of 16 dimensions."""
+
+    def rows(number: int, seed: int) -> pa.Table:
+        return make_table(number, dim=16, seed=seed, columns=("image_vec",), uri=f"{tmp_path}/rows-{seed}.lance").rows
+
+    return rows
+
+
+@pytest.mark.usefixtures("few_queries")
+def test_a_night_adds_a_delta_and_reads_no_whole_column(
+    one_column: Callable[[int, int], pa.Table], nights: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nights.first(one_column(2000, 0))
+    first = indexed(nights.uri)
+    nights.publish()
+    monkeypatch.setattr(measures, "_batches", lambda *_: pytest.fail("a whole column was read"))
+    nights.next("r2", insert=one_column(40, 1), delete=["row-0-000003"])
+    found = indexed(nights.uri)
+    assert {name: (report.action, report.parts) for name, report in found.items()} == {
+        "id": ("extended", 0),
+        "image_vec": ("extended", 2),
+    }
+    assert set(unindexed(nights.uri).values()) == {0}
+    report = found["image_vec"]
+    assert (report.built_rows, report.num_rows) == (first["image_vec"].num_rows, 2039)
+    assert (report.recall or 0) >= 0.9
+
+
+@pytest.mark.usefixtures("few_queries")
+def test_a_night_of_prices_leaves_the_vector_index_alone(
+    one_column: Callable[[int, int], pa.Table], nights: Any
+) -> None:
+    rows = one_column(1000, 0)
+    nights.first(rows)
+    indexed(nights.uri)
+    nights.publish()
+    nights.next("r2", columns=pa.table({"id": rows["id"][:300], "price": [2.5] * 300}))
+    assert unindexed(nights.uri) == {"id_idx": 0, "image_vec_idx": 0}
+    assert indexed(nights.uri)["image_vec"].action == "kept"
+
+
+@pytest.mark.usefixtures("few_queries")
+def test_vectors_written_anew_are_found_where_they_are_now(
+    one_column: Callable[[int, int], pa.Table], nights: Any
+) -> None:
+    """Lance takes the fragments whose column was rewritten out of the index: old vectors are not found any more."""
+    rows = one_column(1000, 0)
+    nights.first(rows)
+    indexed(nights.uri)
+    nights.publish()
+    before = np.array(rows["image_vec"][:5].to_pylist(), np.float32)
+    kind = rows.schema.field("image_vec").type
+    turned = pa.FixedSizeListArray.from_arrays(pa.array(-before.ravel()), kind.list_size)
+    nights.next("r2", columns=pa.table({"id": rows["id"][:5], "image_vec": turned}))
+    assert unindexed(nights.uri)["image_vec_idx"] > 0
+    assert indexed(nights.uri)["image_vec"].action == "extended"
+    dataset = lance.dataset(nights.uri)
+    setting = index.settings(nights.uri, dataset)["image_vec"]
+    nearest = {"column": "image_vec", "k": 1, "metric": "cosine", "nprobes": setting.num_partitions, "refine_factor": 8}
+    for row in range(5):
+        for query, wanted in ((-before[row], True), (before[row], False)):
+            found = dataset.to_table(columns=["id"], nearest={**nearest, "q": query})["id"].to_pylist()
+            assert (found == [f"row-0-{row:06d}"]) is wanted
+
+
+@pytest.mark.usefixtures("few_queries")
+def test_many_deltas_are_merged(
+    one_column: Callable[[int, int], pa.Table], nights: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "MOST_PARTS", 3)
+    nights.first(one_column(1000, 0))
+    indexed(nights.uri)
+    actions, parts = [], []
+    for night in range(2, 6):
+        nights.publish()
+        nights.next(f"r{night}", insert=one_column(20, night))
+        found = indexed(nights.uri)
+        actions.append((found["id"].action, found["image_vec"].action))
+        parts.append(found["image_vec"].parts)
+        assert set(unindexed(nights.uri).values()) == {0}
+    assert actions == [("extended",) * 2, ("extended",) * 2, ("merged",) * 2, ("extended",) * 2]
+    assert parts == [2, 3, 1, 2]
+    ids = [f"row-{night}-000019" for night in range(2, 6)]
+    found_ids = lance.dataset(nights.uri).to_table(columns=["id"], filter=f"id IN {tuple(ids)}")["id"].to_pylist()
+    assert sorted(found_ids) == ids
+
+
+@pytest.mark.usefixtures("few_queries")
+@pytest.mark.parametrize(("factor", "action"), [(1.5, "merged"), (1e9, "extended")], ids=["slower", "as fast"])
+def test_latency_asks_for_merging(
+    one_column: Callable[[int, int], pa.Table],
+    nights: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    factor: float,
+    action: str,
+) -> None:
+    monkeypatch.setattr(index, "_SLOWER", factor)
+    monkeypatch.setattr(index, "_SLOWER_MS", 0.0)
+    nights.first(one_column(1000, 0))
+    version = indexed(nights.uri) and lance.dataset(nights.uri).version
+    path = f"{store.bookkeeping(nights.uri)}/index/{version}.json"
+    report = storage.read_json(path)
+    for row in report["indexes"]:  # type: ignore[attr-defined]  # a list of dicts
+        row["built_ms"] = 1e-3
+    storage.write_json(path, report)
+    nights.publish()
+    nights.next("r2", insert=one_column(20, 2))
+    assert indexed(nights.uri)["image_vec"].action == action
+
+
+@pytest.mark.usefixtures("few_queries")
+@pytest.mark.parametrize(("merging_helps", "action"), [(True, "merged"), (False, "built")])
+def test_recall_asks_for_merging_then_for_building(
+    one_column: Callable[[int, int], pa.Table],
+    nights: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    merging_helps: bool,
+    action: str,
+) -> None:
+    nights.first(one_column(1000, 0))
+    indexed(nights.uri)
+    nights.publish()
+    nights.next("r2", insert=one_column(20, 2))
+    original, asked = index._reached, []
+
+    def reached(*args: Any) -> recall.Reached | None:
+        asked.append(args)
+        return None if len(asked) <= (1 if merging_helps else 2) else original(*args)
+
+    monkeypatch.setattr(index, "_reached", reached)
+    found = indexed(nights.uri)["image_vec"]
+    assert (found.action, found.parts) == (action, 1)
+
+
+@pytest.mark.usefixtures("few_queries")
+def test_a_table_that_outgrew_its_partitions_is_indexed_anew(
+    one_column: Callable[[int, int], pa.Table], nights: Any
+) -> None:
+    nights.first(one_column(300, 0))
+    small = indexed(nights.uri)["image_vec"]
+    nights.publish()
+    nights.next("r2", insert=one_column(1000, 2))
+    found = indexed(nights.uri)["image_vec"]
+    assert (found.action, found.built_rows, found.parts) == ("built", 1300, 1)
+    assert found.num_partitions > small.num_partitions
+
+
+@pytest.mark.usefixtures("few_queries")
+def test_a_new_encoders_column_is_indexed_before_it_is_renamed(
+    one_column: Callable[[int, int], pa.Table], nights: Any
+) -> None:
+    rows = one_column(1000, 0)
+    nights.first(rows)
+    indexed(nights.uri)
+    for number, fingerprint in enumerate(("a" * 32, "b" * 32), start=2):
+        nights.publish()
+        metadata = {**rows.schema.field("image_vec").metadata, b"conjoin:fingerprint": fingerprint.encode()}
+        kind = rows.schema.field("image_vec").type
+        field = pa.field("image_vec__next", kind, metadata=metadata)
+        lance.dataset(nights.uri).add_columns(pa.schema([field]))
+        turned = pa.FixedSizeListArray.from_arrays(
+            pa.array(np.roll(np.array(rows["image_vec"].to_pylist(), np.float32), number, axis=1).ravel()), 16
+        )
+        nights.next(f"r{number}", columns=pa.table({"id": rows["id"], "image_vec__next": turned}))
+        ahead = indexed(nights.uri, columns=["image_vec__next"])
+        assert list(ahead) == ["image_vec__next"]
+        assert ahead["image_vec__next"].action == "built"
+        lance.dataset(nights.uri).drop_columns(["image_vec"])
+        lance.dataset(nights.uri).alter_columns({"path": "image_vec__next", "name": "image_vec"})
+        swapped = lance.dataset(nights.uri)
+        assert index.settings(nights.uri, swapped)["image_vec"] == ahead["image_vec__next"].setting
+        found = indexed(nights.uri)["image_vec"]
+        assert (found.action, found.fingerprint, found.parts) == ("kept", fingerprint, 1)
+        assert set(unindexed(nights.uri).values()) == {0}

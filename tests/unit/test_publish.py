@@ -1,22 +1,17 @@
-"""Gates, the move of the tag, rollback, history, leases."""
+"""The move of the tag, rollback, history, leases."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import lance
-import numpy as np
 import pyarrow as pa
 import pytest
 
 from conjoin.pipeline import publish, storage, store
-from conjoin.pipeline.errors import GateError, TableError
-
-FINGERPRINT = "0123456789abcdef0123456789abcdef"
-COLUMNS = ("image_vec", "text_vec")
+from conjoin.pipeline.errors import TableError
 
 
 @pytest.fixture
@@ -31,109 +26,6 @@ def live(uri: str) -> tuple[int | None, int | None]:
     tags = lance.dataset(uri).tags.list()
     versions = [int(tags[name]["version"]) if name in tags else None for name in ("live", "previous")]
     return versions[0], versions[1]
-
-
-def expected(num_rows: int, fingerprint: str = FINGERPRINT, columns: tuple[str, ...] = COLUMNS) -> publish.Expected:
-    return publish.Expected(num_rows, fingerprint, columns)
-
-
-def gates(dataset: lance.LanceDataset, num_rows: int, **changes: float) -> tuple[publish.GateResult, ...]:
-    return publish.check_gates(dataset, expected(num_rows), publish.Gates(**changes))
-
-
-def changed(path: Path, made: Any, column: str, change: Callable[[np.ndarray], np.ndarray]) -> lance.LanceDataset:
-    """The same rows with other vectors in one column."""
-    table = made.rows
-    kind = table.schema.field(column).type
-    dtype = kind.value_type.to_pandas_dtype()
-    values = change(made.vectors[column].astype(dtype))
-    array = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel().astype(dtype)), kind.list_size)
-    position = table.schema.get_field_index(column)
-    return lance.write_dataset(table.set_column(position, table.schema.field(position), array), f"{path}/c.lance")
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("nulls", [0, 50, 20])
-def test_good_versions_pass(make_table: Callable[..., Any], dtype: str, nulls: int) -> None:
-    made = make_table(50, dim=16, dtype=dtype, nulls=nulls)
-    results = gates(store.open_version(made.uri), 50)
-    assert all(result.passed for result in results)
-    assert {"rows", "ids", "columns", "encoder", "dimension", "vectors", "duplicate vectors"} == {
-        r.name for r in results
-    }
-
-
-def set_row(row: int, value: object) -> Callable[[np.ndarray], np.ndarray]:
-    def change(vectors: np.ndarray) -> np.ndarray:
-        vectors[row] = value
-        return vectors
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (set_row(3, np.nan), "image_vec: 1 not finite and 0 not of unit length"),
-        (set_row(3, np.inf), "image_vec: 1 not finite"),
-        (set_row(3, 0), "0 not finite and 1 not of unit length"),
-        (lambda vectors: vectors * 1.01, "0 not finite and 40 not of unit length, of 40"),
-        (lambda vectors: np.repeat(vectors[:1], len(vectors), axis=0), r"100.0% share their vector"),
-    ],
-    ids=["nan", "infinity", "zero", "norm", "collapse"],
-)
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_broken_vectors_are_stopped(
-    make_table: Callable[..., Any],
-    tmp_path: Path,
-    dtype: str,
-    change: Callable[[np.ndarray], np.ndarray],
-    message: str,
-) -> None:
-    dataset = changed(tmp_path, make_table(40, dim=8, dtype=dtype), "image_vec", change)
-    with pytest.raises(GateError, match=message):
-        gates(dataset, 40)
-
-
-def test_equal_contents_may_share_a_vector(make_table: Callable[..., Any], tmp_path: Path) -> None:
-    made = make_table(40, dim=8)
-    hashes = pa.array([bytes(16)] * 40, pa.binary(16))
-    same = made.rows.set_column(made.rows.schema.get_field_index("image_hash"), "image_hash", hashes)
-    table = replace(made, rows=same)
-    dataset = changed(tmp_path, table, "image_vec", lambda vectors: np.repeat(vectors[:1], 40, axis=0))
-    assert all(result.passed for result in gates(dataset, 40))
-
-
-def test_every_failed_gate_is_named_with_its_numbers(make_table: Callable[..., Any]) -> None:
-    dataset = store.open_version(make_table(40, dim=4).uri)
-    with pytest.raises(GateError) as error:
-        publish.check_gates(dataset, expected(41, "f" * 32, ("image_vec",)), publish.Gates())
-    for words in ("40 rows, the plan has 41", "encoder 0123456789ab, expected ffffffffffff", "image_vec, text_vec"):
-        assert words in error.value.what
-    assert "Nothing was published" in error.value.next
-
-
-def test_repeated_ids_are_stopped(make_table: Callable[..., Any]) -> None:
-    made = make_table(10, dim=4)
-    make_table(5, dim=4, mode="append")
-    with pytest.raises(GateError, match="ids: 5 repeated and 0 null ids"):
-        gates(store.open_version(made.uri, None), 15)
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "allowed", "passes"), [(105, 0.05, True), (95, 0.05, True), (106, 0.05, False), (94, 0.05, False)]
-)
-def test_row_change_against_live(
-    make_table: Callable[..., Any], tmp_path: Path, num_rows: int, allowed: float, passes: bool
-) -> None:
-    before = store.open_version(make_table(100, dim=4).uri)
-    after = store.open_version(make_table(num_rows, dim=4, uri=f"{tmp_path}/after.lance").uri)
-    limits = publish.Gates(row_change=allowed)
-    if passes:
-        assert publish.check_gates(after, expected(num_rows), limits, before)
-    else:
-        with pytest.raises(GateError, match=f"100 -> {num_rows} rows is a change of 6.0%, allowed are 5.0%"):
-            publish.check_gates(after, expected(num_rows), limits, before)
 
 
 def test_publish_moves_live_and_previous(uri: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lance
 import numpy as np
@@ -215,3 +216,12 @@ def test_an_unreadable_place_is_an_error_of_ours(tmp_path: Path) -> None:
 def test_kept_columns_that_a_table_cannot_have(kept: list[str], words: str) -> None:
     with pytest.raises(TableError, match=rf"keep: .*{words}.*Leave it out of keep"):
         store.table_schema(layout(kept=pa.schema([(name, pa.int64()) for name in kept])))
+
+
+def test_lineage_passes_a_compaction_of_an_indexed_table(make_table: Callable[..., Any]) -> None:
+    """pylance 14 raises TypeError when it is asked what such a commit did."""
+    made = make_table(30, dim=4)
+    lance.dataset(made.uri).create_scalar_index("id", "BTREE", name="id_idx")
+    lance.dataset(made.uri).optimize.compact_files()
+    versions = [version for version, _ in store.lineage(lance.dataset(made.uri))]
+    assert versions == list(range(lance.dataset(made.uri).version, 0, -1))

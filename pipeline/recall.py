@@ -1,0 +1,83 @@
+"""How well and how fast a vector index answers, against exact answers that are kept; the cheapest setting that is good
+enough.
+
+Assumes: the answers are those of the version that is asked.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from conjoin.pipeline.answers import EQUAL, Answers, K
+from conjoin.pipeline.measures import matrix
+
+if TYPE_CHECKING:
+    import lance
+
+_REFINES = (2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How a query uses a vector index: partitions to look at, candidates per wanted row."""
+
+    nprobes: int
+    refine: int
+    num_partitions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """What a setting gives. recall: mean @10; bound: of the worst group of askers, less one standard error;
+    latency_ms: median of one query."""
+
+    setting: Setting
+    recall: float
+    bound: float
+    latency_ms: float
+
+
+def tune(dataset: lance.LanceDataset, column: str, answers: Answers, partitions: int, target: float) -> Reached | None:
+    """The cheapest setting whose recall reaches the target in every group of queries; None if none does."""
+    for refine in _REFINES:
+        whole = reach(dataset, column, answers, Setting(partitions, refine, partitions))
+        if whole.bound < target:
+            continue
+        probes = 2
+        while probes < partitions:
+            found = reach(dataset, column, answers, Setting(probes, refine, partitions))
+            if found.bound >= target:
+                return found
+            probes = math.ceil(probes * 1.5)
+        return whole
+    return None
+
+
+def reach(dataset: lance.LanceDataset, column: str, answers: Answers, setting: Setting) -> Reached:
+    """Ask every query with one setting."""
+    recalls, times = [], []
+    for query_D, kth in zip(answers.queries_QD, answers.kth, strict=True):
+        start = time.perf_counter()
+        found = dataset.to_table(
+            columns=[column, "_distance"],
+            nearest={
+                "column": column,
+                "q": query_D,
+                "k": K * setting.refine,
+                "metric": "cosine",
+                "minimum_nprobes": setting.nprobes,
+                "maximum_nprobes": setting.nprobes,
+                "refine_factor": 1,
+            },
+        )
+        times.append(time.perf_counter() - start)
+        similarities = matrix(found.column(0).combine_chunks()) @ query_D
+        recalls.append(min(int((similarities >= kth - EQUAL).sum()), K) / K)
+    means = [(np.mean(recalls[group]), np.std(recalls[group]), len(recalls[group])) for group in answers.groups]
+    bound = min((float(mean - deviation / math.sqrt(count)) for mean, deviation, count in means), default=0.0)
+    return Reached(setting, float(np.mean(recalls)), bound, float(np.median(times) * 1000))
