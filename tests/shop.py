@@ -51,6 +51,7 @@ class Shop:
     folder: Path
     encoder: Path
     embedded: list[tuple[str, int]] = field(default_factory=list)
+    staging: bool = False
     source: dict[str, object] = field(default_factory=dict)
     more: dict[str, object] = field(default_factory=dict)
 
@@ -117,13 +118,16 @@ def open_shop(folder: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> S
     def here(catalog, plan, numbers, attempt):  # type: ignore[no-untyped-def]  # stands in for the pool of actors
         stager = Stager(Order(catalog, plan.run_id, attempt.version, attempt.left))
         for number in numbers:
+            made.staging = True  # gates embed too
             record = stager.stage(number)
+            made.staging = False
             yield {"rows": record.planned, "quarantined": record.quarantined}
 
     whole = embedder.Embedder.embed_decoded
 
     def counted(self, modality, decoded, size):  # type: ignore[no-untyped-def]
-        made.embedded.append((modality, size))
+        if made.staging:
+            made.embedded.append((modality, size))
         return whole(self, modality, decoded, size)
 
     monkeypatch.setattr(embed, "_run_units", here)
