@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_ROWS = 8192
+ADDRESS = "_rowaddr"  # of a row in one version: its fragment, then its physical offset
 _TOMBSTONE = -2  # Lance's id of a field whose values in a data file were replaced
 _OFFSET = (1 << 32) - 1
 
@@ -52,6 +53,8 @@ class Shared:
 @dataclass(frozen=True, slots=True)
 class Difference:
     """Rows only in `before`, rows only in `after`, and columns whose values were written anew for rows in both.
+
+    Every reader gives `_rowaddr`, the row's address in its version, where that is among its columns.
 
     rewritten: by column of `after`; a column that `before` does not have counts as rewritten in every fragment.
     dropped: columns that only `before` has.
@@ -97,12 +100,12 @@ class Difference:
     ) -> Iterator[tuple[pa.RecordBatch, pa.RecordBatch]]:
         """(as in `before`, as in `after`), row by row the same rows: those where any of `columns` was written anew.
 
-        Columns that `before` lacks are not in its batch.
+        Columns that `before` lacks are not in its batch. Every row of a rewritten fragment comes, changed or not.
         """
         wanted = {shared.after: shared for name in columns for shared in self.rewritten.get(name, ())}
         for shared in wanted.values():
             assert self.before is not None
-            known = [name for name in columns if name in self.before.schema.names]
+            known = [name for name in columns if name in (*self.before.schema.names, ADDRESS)]
             then = _rows(self.before, Part(shared.before, shared.num_rows, shared.offsets), known, batch_rows)
             now = _rows(self.after, Part(shared.after, shared.num_rows, shared.offsets), columns, batch_rows)
             yield from zip(then, now, strict=True)
@@ -200,8 +203,37 @@ def _rows(dataset: lance.LanceDataset, part: Part, columns: Sequence[str], batch
     """The part's rows in batches of `batch_rows` (the last one shorter), in the order of their offsets."""
     fragment = dataset.get_fragment(part.fragment)
     assert fragment is not None
-    # Lance counts the offsets of `take` without the deleted rows.
-    wanted = np.arange(part.num_rows) if part.offsets is None else np.searchsorted(_living(fragment), part.offsets)
+    living = _living(fragment)
     for start in range(0, part.num_rows, batch_rows):
-        rows = fragment.take(wanted[start : start + batch_rows].tolist(), columns=list(columns))
-        yield from rows.combine_chunks().to_batches()
+        some = (living if part.offsets is None else part.offsets)[start : start + batch_rows]
+        yield from _take(fragment, living, some, columns).to_batches()
+
+
+def _take(fragment: lance.LanceFragment, living: np.ndarray, offsets: np.ndarray, columns: Sequence[str]) -> pa.Table:
+    """Rows of a fragment by their physical offsets; Lance's own `take` counts without the deleted rows."""
+    import pyarrow as pa
+
+    stored = [name for name in columns if name != ADDRESS]
+    rows = fragment.take(np.searchsorted(living, offsets).tolist(), columns=stored).combine_chunks()
+    if ADDRESS in columns:
+        base = np.uint64(fragment.fragment_id) << np.uint64(32)
+        rows = rows.append_column(ADDRESS, pa.array(base | offsets.astype(np.uint64)))
+    return rows.select(list(columns))
+
+
+def rows_at(dataset: lance.LanceDataset, addresses: np.ndarray, columns: Sequence[str]) -> pa.Table:
+    """`columns` of rows by their address (uint64, none deleted), in the order asked; `_rowaddr` is a column too."""
+    import pyarrow as pa
+
+    order = np.argsort(addresses, kind="stable")
+    arranged = addresses[order]
+    bounds = np.flatnonzero(np.diff(arranged >> np.uint64(32))) + 1
+    parts = []
+    for some in np.split(arranged, bounds):
+        fragment = dataset.get_fragment(int(some[0]) >> 32)
+        assert fragment is not None
+        parts.append(_take(fragment, _living(fragment), (some & np.uint64(_OFFSET)).astype(np.uint32), columns))
+    back = np.empty(len(order), np.int64)
+    back[order] = np.arange(len(order))
+    whole = pa.concat_tables(parts)
+    return whole if (back == np.arange(len(back))).all() else whole.take(pa.array(back))
