@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conjoin.pipeline import storage, store
-from conjoin.pipeline.difference import ADDRESS, BATCH_ROWS, Difference, difference, rows_at
+from conjoin.pipeline.difference import ADDRESS, BATCH_ROWS, Difference, difference
+from conjoin.pipeline.edits import rows_at
 from conjoin.pipeline.errors import TableError
 from conjoin.pipeline.publish import history
 
@@ -81,7 +82,7 @@ def export_delta(uri: str, to: str, *, since: str, until: str = store.LIVE, part
     after = published(uri, until)
     _make_room(to)
     found = difference(before, after)
-    with tempfile.TemporaryDirectory(prefix="conjoin-delta-") as folder, storage.explaining("compare", folder):
+    with tempfile.TemporaryDirectory(prefix="conjoin-delta-") as folder:
         matched = _match(found, Path(folder))
         deletes = list(_write(to, "deletes", after.schema.field("id"), _deleted(matched), part_bytes))
         upserts = itertools.chain(_rewritten(found), _moved(found, matched))
@@ -166,7 +167,7 @@ def _deleted(matched: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
 def _streamed(matched: duckdb.DuckDBPyConnection, query: str) -> Iterator[pa.Table]:
     import pyarrow as pa
 
-    for batch in matched.execute(query).to_arrow_reader(BATCH_ROWS):
+    for batch in matched.sql(query).to_arrow_reader(BATCH_ROWS):
         yield pa.Table.from_batches([batch])
 
 
@@ -176,13 +177,13 @@ def _moved(found: Difference, matched: duckdb.DuckDBPyConnection) -> Iterator[pa
     query = "SELECT come.address AS now, gone.address AS was FROM come LEFT JOIN gone USING (id) ORDER BY now"
     for pairs in _streamed(matched, query):
         now, was = pairs["now"].combine_chunks(), pairs["was"].combine_chunks()
-        rows = rows_at(found.after, now.to_numpy(), names)
+        rows = rows_at(found.after, now, names)
         keep = was.is_null().to_numpy(zero_copy_only=False)
         if not keep.all():
             assert found.before is not None
             both = ~keep
             known = [name for name in names if name in found.before.schema.names]
-            then = rows_at(found.before, was.drop_null().to_numpy(), known)
+            then = rows_at(found.before, was.drop_null(), known)
             keep[both] = _differ(then, rows.filter(both))
         yield rows.filter(keep)
 
@@ -198,7 +199,7 @@ def _rewritten(found: Difference) -> Iterator[pa.Table]:
         known = [name for name in names if name in then.schema.names]
         changed = _differ(pa.Table.from_batches([then.select(known)]), pa.Table.from_batches([now.select(names)]))
         if changed.any():
-            yield rows_at(found.after, now[ADDRESS].to_numpy()[changed], found.after.schema.names)
+            yield rows_at(found.after, now[ADDRESS].filter(changed), found.after.schema.names)
 
 
 def _differ(then: pa.Table, now: pa.Table) -> np.ndarray:

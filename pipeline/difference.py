@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from conjoin.pipeline.edits import rows_at
+
 if TYPE_CHECKING:
     import lance
     import pyarrow as pa
@@ -100,13 +102,15 @@ class Difference:
     ) -> Iterator[tuple[pa.RecordBatch, pa.RecordBatch]]:
         """(as in `before`, as in `after`), row by row the same rows: those where any of `columns` was written anew.
 
-        Columns that `before` lacks are not in its batch. Every row of a rewritten fragment comes, changed or not.
+        Columns that `before` lacks are not in its batch (addresses where it has none). Every row of a rewritten fragment comes, changed or not.
         """
         wanted = {shared.after: shared for name in columns for shared in self.rewritten.get(name, ())}
         for shared in wanted.values():
             assert self.before is not None
             known = [name for name in columns if name in (*self.before.schema.names, ADDRESS)]
-            then = _rows(self.before, Part(shared.before, shared.num_rows, shared.offsets), known, batch_rows)
+            then = _rows(
+                self.before, Part(shared.before, shared.num_rows, shared.offsets), known or [ADDRESS], batch_rows
+            )
             now = _rows(self.after, Part(shared.after, shared.num_rows, shared.offsets), columns, batch_rows)
             yield from zip(then, now, strict=True)
 
@@ -201,39 +205,15 @@ def _rewritten(
 
 def _rows(dataset: lance.LanceDataset, part: Part, columns: Sequence[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
     """The part's rows in batches of `batch_rows` (the last one shorter), in the order of their offsets."""
+    import pyarrow as pa
+
     fragment = dataset.get_fragment(part.fragment)
     assert fragment is not None
-    living = _living(fragment)
-    for start in range(0, part.num_rows, batch_rows):
-        some = (living if part.offsets is None else part.offsets)[start : start + batch_rows]
-        yield from _take(fragment, living, some, columns).to_batches()
-
-
-def _take(fragment: lance.LanceFragment, living: np.ndarray, offsets: np.ndarray, columns: Sequence[str]) -> pa.Table:
-    """Rows of a fragment by their physical offsets; Lance's own `take` counts without the deleted rows."""
-    import pyarrow as pa
-
+    base = np.uint64(part.fragment) << np.uint64(32)
+    addresses = base | (_living(fragment) if part.offsets is None else part.offsets).astype(np.uint64)
     stored = [name for name in columns if name != ADDRESS]
-    rows = fragment.take(np.searchsorted(living, offsets).tolist(), columns=stored).combine_chunks()
-    if ADDRESS in columns:
-        base = np.uint64(fragment.fragment_id) << np.uint64(32)
-        rows = rows.append_column(ADDRESS, pa.array(base | offsets.astype(np.uint64)))
-    return rows.select(list(columns))
-
-
-def rows_at(dataset: lance.LanceDataset, addresses: np.ndarray, columns: Sequence[str]) -> pa.Table:
-    """`columns` of rows by their address (uint64, none deleted), in the order asked; `_rowaddr` is a column too."""
-    import pyarrow as pa
-
-    order = np.argsort(addresses, kind="stable")
-    arranged = addresses[order]
-    bounds = np.flatnonzero(np.diff(arranged >> np.uint64(32))) + 1
-    parts = []
-    for some in np.split(arranged, bounds):
-        fragment = dataset.get_fragment(int(some[0]) >> 32)
-        assert fragment is not None
-        parts.append(_take(fragment, _living(fragment), (some & np.uint64(_OFFSET)).astype(np.uint32), columns))
-    back = np.empty(len(order), np.int64)
-    back[order] = np.arange(len(order))
-    whole = pa.concat_tables(parts)
-    return whole if (back == np.arange(len(back))).all() else whole.take(pa.array(back))
+    for start in range(0, part.num_rows, batch_rows):
+        some = pa.array(addresses[start : start + batch_rows])
+        rows = rows_at(dataset, some, stored).combine_chunks() if stored else pa.table({ADDRESS: some})
+        rows = rows.append_column(ADDRESS, some) if stored and ADDRESS in columns else rows
+        yield from rows.select(list(columns)).to_batches()

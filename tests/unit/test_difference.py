@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import lance
-import numpy as np
 import pyarrow as pa
 import pytest
 from lance.fragment import write_fragments
 
-from conjoin.pipeline.difference import ADDRESS, Difference, difference, rows_at
+from conjoin.pipeline.difference import ADDRESS, Difference, difference
 
 
 @pytest.fixture
@@ -191,7 +190,7 @@ def test_whole_fragments_of_before_leave_their_deleted_rows_out(uri: str, make: 
     assert ids(check(before, after).removed_rows(["id"])) == [f"i{n}" for n in range(2, 10)]
 
 
-def test_rows_by_address_in_the_order_asked(uri: str) -> None:
+def test_rows_come_with_their_addresses(uri: str) -> None:
     before = lance.dataset(uri)
     update(uri, {1: [0], 2: [5]})
     after = update(uri, {1: [3, 9], 2: [1]})
@@ -201,8 +200,3 @@ def test_rows_by_address_in_the_order_asked(uri: str) -> None:
         "id": ["i10", "i13", "i19", "i21", "i25"],
         ADDRESS: [(1 << 32), (1 << 32) + 3, (1 << 32) + 9, (2 << 32) + 1, (2 << 32) + 5],
     }
-    addresses = np.array([(2 << 32) + 9, 1 << 32, (2 << 32) + 1, 3], np.uint64)
-    got = rows_at(before, addresses, ["price", ADDRESS, "id"])
-    assert got.to_pydict() == {"price": [29, 10, 21, 3], ADDRESS: addresses.tolist(), "id": ["i29", "i10", "i21", "i3"]}
-    living = np.array([(2 << 32) + 9, (1 << 32) + 1], np.uint64)
-    assert rows_at(after, living, ["id"])["id"].to_pylist() == ["i29", "i11"]
