@@ -102,7 +102,8 @@ class Difference:
     ) -> Iterator[tuple[pa.RecordBatch, pa.RecordBatch]]:
         """(as in `before`, as in `after`), row by row the same rows: those where any of `columns` was written anew.
 
-        Columns that `before` lacks are not in its batch (addresses where it has none). Every row of a rewritten fragment comes, changed or not.
+        Every row of a rewritten fragment comes, changed or not. Columns that `before` lacks are not in its batch, which
+        has addresses if it has no column at all.
         """
         wanted = {shared.after: shared for name in columns for shared in self.rewritten.get(name, ())}
         for shared in wanted.values():
