@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from conjoin.pipeline.edits import rows_at
+
 if TYPE_CHECKING:
     import lance
     import pyarrow as pa
 
 BATCH_ROWS = 8192
+ADDRESS = "_rowaddr"  # of a row in one version: its fragment, then its physical offset
 _TOMBSTONE = -2  # Lance's id of a field whose values in a data file were replaced
 _OFFSET = (1 << 32) - 1
 
@@ -52,6 +55,8 @@ class Shared:
 @dataclass(frozen=True, slots=True)
 class Difference:
     """Rows only in `before`, rows only in `after`, and columns whose values were written anew for rows in both.
+
+    Every reader gives `_rowaddr`, the row's address in its version, where that is among its columns.
 
     rewritten: by column of `after`; a column that `before` does not have counts as rewritten in every fragment.
     dropped: columns that only `before` has.
@@ -97,13 +102,16 @@ class Difference:
     ) -> Iterator[tuple[pa.RecordBatch, pa.RecordBatch]]:
         """(as in `before`, as in `after`), row by row the same rows: those where any of `columns` was written anew.
 
-        Columns that `before` lacks are not in its batch.
+        Every row of a rewritten fragment comes, changed or not. Columns that `before` lacks are not in its batch, which
+        has addresses if it has no column at all.
         """
         wanted = {shared.after: shared for name in columns for shared in self.rewritten.get(name, ())}
         for shared in wanted.values():
             assert self.before is not None
-            known = [name for name in columns if name in self.before.schema.names]
-            then = _rows(self.before, Part(shared.before, shared.num_rows, shared.offsets), known, batch_rows)
+            known = [name for name in columns if name in (*self.before.schema.names, ADDRESS)]
+            then = _rows(
+                self.before, Part(shared.before, shared.num_rows, shared.offsets), known or [ADDRESS], batch_rows
+            )
             now = _rows(self.after, Part(shared.after, shared.num_rows, shared.offsets), columns, batch_rows)
             yield from zip(then, now, strict=True)
 
@@ -198,10 +206,15 @@ def _rewritten(
 
 def _rows(dataset: lance.LanceDataset, part: Part, columns: Sequence[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
     """The part's rows in batches of `batch_rows` (the last one shorter), in the order of their offsets."""
+    import pyarrow as pa
+
     fragment = dataset.get_fragment(part.fragment)
     assert fragment is not None
-    # Lance counts the offsets of `take` without the deleted rows.
-    wanted = np.arange(part.num_rows) if part.offsets is None else np.searchsorted(_living(fragment), part.offsets)
+    base = np.uint64(part.fragment) << np.uint64(32)
+    addresses = base | (_living(fragment) if part.offsets is None else part.offsets).astype(np.uint64)
+    stored = [name for name in columns if name != ADDRESS]
     for start in range(0, part.num_rows, batch_rows):
-        rows = fragment.take(wanted[start : start + batch_rows].tolist(), columns=list(columns))
-        yield from rows.combine_chunks().to_batches()
+        some = pa.array(addresses[start : start + batch_rows])
+        rows = rows_at(dataset, some, stored).combine_chunks() if stored else pa.table({ADDRESS: some})
+        rows = rows.append_column(ADDRESS, some) if stored and ADDRESS in columns else rows
+        yield from rows.select(list(columns)).to_batches()

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from lance.fragment import write_fragments
 
-from conjoin.pipeline.difference import Difference, difference
+from conjoin.pipeline.difference import ADDRESS, Difference, difference
 
 
 @pytest.fixture
@@ -188,3 +188,15 @@ def test_whole_fragments_of_before_leave_their_deleted_rows_out(uri: str, make: 
     before = lance.dataset(uri)
     after = update(uri, {0: list(range(2, 10))}, make([70]))
     assert ids(check(before, after).removed_rows(["id"])) == [f"i{n}" for n in range(2, 10)]
+
+
+def test_rows_come_with_their_addresses(uri: str) -> None:
+    before = lance.dataset(uri)
+    update(uri, {1: [0], 2: [5]})
+    after = update(uri, {1: [3, 9], 2: [1]})
+    batches = difference(before, after).removed_rows(["id", ADDRESS])
+    found = pa.Table.from_batches(list(batches)).to_pydict()
+    assert found == {
+        "id": ["i10", "i13", "i19", "i21", "i25"],
+        ADDRESS: [(1 << 32), (1 << 32) + 3, (1 << 32) + 9, (2 << 32) + 1, (2 << 32) + 5],
+    }

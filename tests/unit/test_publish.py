@@ -99,7 +99,7 @@ def test_an_overtaken_publisher_stops_before_it_moves_anything(uri: str) -> None
     slow = publish.take_lease(uri, "slow")
     quick = publish.take_lease(uri, "quick")
     assert quick.number > slow.number
-    with pytest.raises(TableError, match="run quick took over while run slow"):
+    with pytest.raises(TableError, match="quick took over from slow"):
         publish.publish(uri, 2, "slow", slow)
     assert live(uri) == (1, None)
     assert publish.publish(uri, 3, "quick", quick).version == 3
