@@ -101,9 +101,20 @@ class Heartbeat:
             self._write("")
 
     def _write(self, ended: str) -> None:
-        event, process = self._event, (socket.gethostname(), os.getpid())
-        figures = (event.step, event.done, event.total, event.unit, dict(event.facts))
-        beat = Beat(self._run_id, *process, self._started, _now(), *figures, ended)
+        event = self._event
+        beat = Beat(
+            run_id=self._run_id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=self._started,
+            at=_now(),
+            step=event.step,
+            done=event.done,
+            total=event.total,
+            unit=event.unit,
+            facts=dict(event.facts),
+            ended=ended,
+        )
         with suppress(ConjoinError, OSError):
             storage.write_json(self._path, asdict(beat))
 
