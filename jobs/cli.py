@@ -9,13 +9,13 @@ import datetime as dt
 import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from conjoin.jobs import queries
+from conjoin.jobs.operations import commands
 from conjoin.jobs.queries import Csv, Json, Out, one_style, query
 
 if TYPE_CHECKING:
@@ -286,31 +286,7 @@ def search(
     write_rows(readable(result) if style == "table" and out is None else result, out=out, style=style)
 
 
-@app.command()
-def history(target: Table = str(DEFAULT), as_json: Json = False) -> None:
-    """Versions that were published, with their runs and rows, and who is live."""
-    from conjoin.jobs.config import table_of
-    from conjoin.jobs.render import write_rows
-    from conjoin.jobs.tasks import history_rows
-
-    write_rows(history_rows(table_of(target)), style="json" if as_json else "table")
-
-
-@app.command()
-def rollback(
-    target: Table = str(DEFAULT),
-    to: Annotated[
-        str | None, typer.Option(help="a version that was live, or the run that published it; default: the one before")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Make an earlier version live again; readers follow at once."""
-    from conjoin.jobs.config import table_of
-    from conjoin.jobs.render import moved
-    from conjoin.pipeline.publish import rollback as move
-
-    entry = move(table_of(target), to)
-    print(json.dumps(asdict(entry), indent=1) if as_json else moved(entry))
+app.add_typer(commands)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from conjoin.pipeline.metrics import Estimate
     from conjoin.pipeline.night import Night
     from conjoin.pipeline.publish import Entry
+    from conjoin.pipeline.quarantine import Group
+    from conjoin.pipeline.status import Status, Working
 
 Style = Literal["table", "json", "csv"]
 
@@ -75,9 +77,10 @@ def readable(rows: pa.Table) -> pa.Table:
 
 
 def moved(entry: Entry) -> str:
-    """One line about a rollback."""
+    """One line about a rollback or a forced version."""
     before = f", before it version {entry.before}" if entry.before is not None else ""
     run = f" of run {entry.run_id}" if entry.run_id else ""
+    run += ", forced," if entry.action == "forced" else ""
     return f"version {entry.version}{run} with {entry.num_rows:,} rows is live{before}"
 
 
@@ -199,3 +202,64 @@ def night_report(report: Night) -> str:
             times,
         ]
     )
+
+
+def status_lines(found: Status) -> str:
+    """One screen: nights at work, what is live, the last night, the quarantine."""
+    lines = [_working(work) for work in found.working] or ["no night is running"]
+    live, last = found.live, found.last
+    if live is None or found.live_age_s is None:
+        lines.append("nothing is live yet")
+    else:
+        forced = ", forced in spite of its gates" if live.action == "forced" else ""
+        lines.append(
+            f"live: version {live.version} of run {live.run_id} with {live.num_rows:,} rows, "
+            f"{live.action} {_ago(found.live_age_s)} ago{forced}"
+        )
+    if last is not None:
+        seconds = f" in {_ago(sum(last.seconds.values()))}" if last.seconds else ""
+        problem = f": {last.problem}" if last.problem else ""
+        lines.append(f"last night: {last.run_id} {last.status}{seconds}{problem}")
+        if last.hook is not None and last.hook.exit_code:
+            lines.append(f"its publish.hook failed with exit code {last.hook.exit_code}: {last.hook.output}")
+    counts = ", ".join(f"{count:,} {stage}" for stage, count in found.quarantine.items())
+    lines.append(f"quarantine: {counts} (`conjoin repair`)" if counts else "quarantine: empty")
+    return "\n".join(lines)
+
+
+def _working(work: Working) -> str:
+    units = f", {work.units_done:,} of {work.units:,} units done" if work.units else ""
+    if work.state == "unfinished":
+        return f"run {work.run_id} is unfinished{units}; `conjoin run` resumes it"
+    step = f" at {work.step}" if work.step else ""
+    if work.state == "ended":
+        return f"run {work.run_id} stopped{step}{units}: {work.problem}"
+    where = f"(process {work.pid} on {work.host})"
+    if work.state == "gone":
+        since = _ago(work.silent_s)
+        return f"run {work.run_id} is silent for {since}{step}{units}: killed? {where}; `conjoin run` resumes it"
+    share = f" {work.done:,.0f} of {work.total:,.0f} {work.unit}" if work.total else ""
+    rate = f", {work.rows_per_s:,.0f} rows/s" if work.rows_per_s else ""
+    left = f", about {_ago(work.left_s)} left" if work.left_s is not None else ""
+    return f"run {work.run_id} is running{step}{share}{units}{rate}{left} {where}"
+
+
+def _ago(seconds: float) -> str:
+    """Seconds in the two largest units that matter."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes // 60} h" if minutes < 48 * 60 else f"{minutes // 1440} days"
+
+
+def quarantine_lines(groups: Sequence[Group]) -> str:
+    """Kinds of trouble, the most frequent first, each with one example."""
+    if not groups:
+        return "nothing is in quarantine"
+    lines = [f"{sum(group.count for group in groups):,} value(s) in quarantine"]
+    for group in groups:
+        lines.append(f"{group.count:>9,}  {group.stage:<7}{group.modality or 'record':<8}{group.reason}")
+        lines.append(f"{'':>11}e.g. {group.example_id}: {group.example}")
+    return "\n".join([*lines, "`--sample N` shows values, `--retry all|fetch|ID` has the next night try them again"])

@@ -6,7 +6,7 @@ Assumes: everything that is decided is in the run file; this only hands its sect
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from conjoin.jobs.stopping import stoppable
@@ -14,13 +14,15 @@ from conjoin.pipeline.errors import ConfigError, Interrupted
 from conjoin.pipeline.progress import ShowProgress, silent
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from torch import nn
 
     from conjoin.encoders.objective import PairLoss
     from conjoin.jobs.config import RunFile
     from conjoin.pipeline.evaluate import Classes, Evaluation, Measure
     from conjoin.pipeline.fit import Callback
+    from conjoin.pipeline.night import Night
+    from conjoin.pipeline.publish import Entry
+    from conjoin.pipeline.store import TableConfig
     from conjoin.pipeline.train import TrainReport
 
 
@@ -99,13 +101,46 @@ def _evaluate(
             raise Interrupted("evaluation stopped", next="The same command starts it over") from None
 
 
-def history_rows(uri: str) -> pa.Table:
-    """What was published and rolled back, newest first, as a table. Raises TableError if there is no table."""
-    import pyarrow as pa
+def history_entries(uri: str, last: int = 0) -> list[dict[str, object]]:
+    """What was published, rolled back, forced and rejected, newest first, with what its night counted and measured.
 
-    from conjoin.pipeline.publish import Entry, history
+    last: at most so many, 0 for all. Raises TableError if there is no table.
+    """
+    from conjoin.pipeline.night import read_night
+    from conjoin.pipeline.parallel import in_order
+    from conjoin.pipeline.publish import history
     from conjoin.pipeline.store import open_version
 
     open_version(uri, None)
-    rows = [asdict(entry) for entry in history(uri)]
-    return pa.table({field.name: [row[field.name] for row in rows] for field in fields(Entry)})
+    entries = history(uri)[: last or None]
+    run_ids = list(dict.fromkeys(entry.run_id for entry in entries if entry.run_id))
+    nights = dict(zip(run_ids, in_order(run_ids, lambda run_id: read_night(uri, run_id)), strict=True))
+    return [_with_figures(asdict(entry), nights.get(entry.run_id)) for entry in entries]
+
+
+def _with_figures(entry: dict[str, object], night: Night | None) -> dict[str, object]:
+    names = ("new", "changed", "deleted")
+    counts: dict[str, object] = {name: None if night is None else night.counts.get(name) for name in names}
+    counts["quarantined"] = None if night is None else night.quarantined
+    return {**entry, **counts, "figures": {} if night is None else night.measured}
+
+
+def force(table: TableConfig, target: str) -> Entry:
+    """Make live what its gates rejected, by run id or version; a candidate beside the head lands and is indexed first.
+
+    Repeating it changes nothing. Raises TableError if there is no such version, or live has moved on since.
+    """
+    from conjoin.pipeline.index import build
+    from conjoin.pipeline.publish import DETACHED, find_rejected, history, land
+    from conjoin.pipeline.publish import force as move
+    from conjoin.pipeline.store import open_version
+
+    live = next((entry for entry in history(table.path) if entry.live), None)
+    if live is not None and live.action == "forced" and target in (live.run_id, str(live.version)):
+        return live
+    rejected = find_rejected(table.path, target)
+    version = land(table.path, rejected)
+    if rejected.version >= DETACHED:
+        build(table.path, table)
+        version = int(open_version(table.path, None).version)
+    return move(table.path, version, rejected.run_id)

@@ -103,17 +103,17 @@ class Heartbeat:
     def _write(self, ended: str) -> None:
         event = self._event
         beat = Beat(
-            self._run_id,
-            socket.gethostname(),
-            os.getpid(),
-            self._started,
-            _now(),
-            event.step,
-            event.done,
-            event.total,
-            event.unit,
-            dict(event.facts),
-            ended,
+            run_id=self._run_id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=self._started,
+            at=_now(),
+            step=event.step,
+            done=event.done,
+            total=event.total,
+            unit=event.unit,
+            facts=dict(event.facts),
+            ended=ended,
         )
         with suppress(ConjoinError, OSError):
             storage.write_json(self._path, asdict(beat))

@@ -40,6 +40,7 @@ def render(night: Night, links: Sequence[str] = ()) -> str:
     parts = [
         _header(night),
         _alarms(night),
+        _section("Next", _commands(night)),
         _section("What changed", _counts(night)),
         _section("Gates", _gates(night.gates)),
         _section("Time", _bars(night)),
@@ -47,7 +48,6 @@ def render(night: Night, links: Sequence[str] = ()) -> str:
         _section("Quarantine", _troubles(night)),
         _section("Left to the next night", _list(night.left)),
         _section("Versions", _versions(night, links)),
-        _section("Next", _commands(night)),
     ]
     here = Path(__file__).parent
     style = "".join((here / name).read_text(encoding="ascii") for name in ("report.css", "night.css"))
@@ -106,7 +106,10 @@ def _alarms(night: Night) -> str:
 
 
 def _counts(night: Night) -> str:
-    names = [*_COUNTS, *(name for name in night.counts if name not in _COUNTS)]
+    more = [name for name in night.counts if name not in _COUNTS]
+    of_changed = [name for name in more if name.startswith("changed_")]
+    names = ["new", "changed", *of_changed, *(name for name in (*_COUNTS, *more) if name not in of_changed)]
+    names = list(dict.fromkeys(names))
     rows = [
         (_COUNTS.get(name, name.replace("changed_", "of the changed ones: ")), f"{night.counts[name]:,}")
         for name in names
