@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from sqlglot import exp
 
-from conjoin.pipeline.query.analysis import Analysis, Reference
+from conjoin.pipeline.query.analysis import Analysis
 from conjoin.pipeline.query.functions import Measure, Rewritten
 from conjoin.pipeline.query.parse import function_name
 from conjoin.pipeline.query.questions import stands_alone
@@ -40,11 +40,12 @@ class Growth:
     radius: float = float("inf")
 
 
-def unstable(analysis: Analysis, rewritten: Rewritten, reference: Reference, measure: Measure) -> str:
-    """Why the first rows of the reference's SELECT may depend on farther rows of the table; empty if they do not."""
-    select = reference.scope.expression
+def unstable(analysis: Analysis, rewritten: Rewritten, select: exp.Select, measure: Measure) -> str:
+    """Why the first rows of a SELECT that sorts by a measure may depend on farther rows of the measured table; empty
+    if they do not.
+    """
     for clause, words in _WHOLE.items():
-        if select.args.get(clause) or reference.node.args.get(clause):
+        if select.args.get(clause) or measure.reference.node.args.get(clause):
             return words
     for node in select.walk():
         own = node.find_ancestor(exp.Select) is select

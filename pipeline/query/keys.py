@@ -45,6 +45,8 @@ def find_keys(analysis: Analysis, reference: Reference, own: Resolve, others: Se
     WHERE that stay in DuckDB.
     """
     select = reference.scope.expression
+    if not isinstance(select, exp.Select):
+        return []
     found = list(_from_subqueries(analysis, own, others))
     for part in [*others, *_joined_on(select)]:
         if isinstance(part, exp.EQ):

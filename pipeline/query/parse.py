@@ -179,7 +179,11 @@ def _check_start(sql: str, tokens: Sequence[Token]) -> None:
 
 
 def _refusal(kind: str) -> QueryError:
-    hint = "EXPLAIN stands first, once, before one SELECT" if kind == "EXPLAIN" else "Queries read and never write; use SELECT"
+    hint = (
+        "EXPLAIN stands first, once, before one SELECT"
+        if kind == "EXPLAIN"
+        else "Queries read and never write; use SELECT"
+    )
     return QueryError(f"{kind.upper()} is not allowed: only one SELECT is", next=hint)
 
 

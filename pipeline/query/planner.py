@@ -58,6 +58,12 @@ class Read:
         led = self.top or self.growth or self.within
         return led.measure if led else None
 
+    @property
+    def order(self) -> tuple[Measure, int] | None:
+        """The distance that sorts the SELECT, and its LIMIT + OFFSET; None for a range or a scan."""
+        led = self.top or self.growth
+        return (led.measure, led.need) if led else None
+
 
 def plan_reads(analysis: Analysis, rewritten: Rewritten) -> tuple[Read, ...]:
     """One Read per table reference; frames are given whole."""
@@ -86,16 +92,20 @@ def _plan(analysis: Analysis, rewritten: Rewritten, reference: Reference) -> Rea
     return Read(reference, columns, text, words, None, reason, None, within, keys)
 
 
-def _growth(
-    analysis: Analysis, rewritten: Rewritten, reference: Reference, ranges: Sequence[Within]
-) -> Growth | None:
+def _growth(analysis: Analysis, rewritten: Rewritten, reference: Reference, ranges: Sequence[Within]) -> Growth | None:
     """A top-k some of whose rows may drop out, None if it is none."""
     select = reference.scope.expression
-    measure = _first_key(select, rewritten)
+    measure = _first_key(select, rewritten) if isinstance(select, exp.Select) else None
     limit, offset = count_of(select.args.get("limit")), count_of(select.args.get("offset"), missing=0)
-    if measure is None or measure.reference is not reference or limit is None or offset is None:
+    if (
+        not isinstance(select, exp.Select)
+        or measure is None
+        or measure.reference is not reference
+        or limit is None
+        or offset is None
+    ):
         return None
-    if limit + offset > LARGEST_K or unstable(analysis, rewritten, reference, measure):
+    if limit + offset > LARGEST_K or unstable(analysis, rewritten, select, measure):
         return None
     radii = [found.radius for found in ranges if found.measure.wanted.name == measure.wanted.name]
     ties = len(select.args["order"].expressions) > 1

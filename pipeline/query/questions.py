@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from sqlglot import exp
 
-from conjoin.pipeline.query.analysis import Analysis
+from conjoin.pipeline.query.analysis import Analysis, Reference
 from conjoin.pipeline.query.functions import Measure
 from conjoin.pipeline.query.parse import DIALECT
 
@@ -57,17 +57,17 @@ def stands_alone(analysis: Analysis, query: exp.Query) -> bool:
     own = [scope for scope in analysis.scopes if id(scope.expression) in inside]
     named = {cte.alias.lower() for cte in query.find_all(exp.CTE)}
     for table in query.find_all(exp.Table):
-        if id(table) not in analysis.references and isinstance(table.this, exp.Identifier):
-            if table.name.lower() not in named:
-                return False
+        is_cte = id(table) not in analysis.references and isinstance(table.this, exp.Identifier)
+        if is_cte and table.name.lower() not in named:
+            return False
     sources = [analysis.sources(scope) for scope in own]
     aliases = {alias for found in sources for alias in found}
     columns = {
         name.lower()
         for found in sources
         for source in found.values()
-        if source is not None and not hasattr(source, "expression")
-        for name in source.relation.schema.names  # type: ignore[union-attr]  # scopes have an expression
+        if isinstance(source, Reference)
+        for name in source.relation.schema.names
     }
     outputs = {output.alias_or_name.lower() for select in query.find_all(exp.Select) for output in select.selects}
     for column in query.find_all(exp.Column):

@@ -74,6 +74,10 @@ class Sources:
             self._read(name)
         return self.by_name
 
+    def distances(self, question: Question) -> np.ndarray:
+        """Sorted; what a question about distances says of all that was read."""
+        return _finite(self._asked(question, {}))
+
     def _read(self, name: str) -> None:
         if name in self._begun:
             return
@@ -101,8 +105,7 @@ class Sources:
         question = self._questions[name, -1]
 
         def outcome(rows: pa.Table) -> np.ndarray:
-            found = self._asked(question, {name: rows}).column(0).to_numpy()
-            return np.sort(found[np.isfinite(found)])
+            return _finite(self._asked(question, {name: rows}))
 
         return grown(read, choice, vector, outcome)
 
@@ -153,3 +156,8 @@ class Sources:
                 self._read(name)
         known = {**self.by_name, **more}
         return self._ask(question, {name: known[name] for name in question.tables if name in known})
+
+
+def _finite(found: pa.Table) -> np.ndarray:
+    values = found.column(0).drop_null().to_numpy()
+    return np.sort(values[np.isfinite(values)])

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import posixpath
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -17,17 +18,28 @@ from sqlglot import exp
 from conjoin.pipeline import store
 from conjoin.pipeline.errors import QueryError, TableError
 from conjoin.pipeline.index import Setting, settings
-from conjoin.pipeline.query import classification, relevance, text_search
-from conjoin.pipeline.query.analysis import analyse
-from conjoin.pipeline.query.classification import Classifier
+from conjoin.pipeline.query import text_search
+from conjoin.pipeline.query.effort import DEFAULT, EXACT, Effort, wanted_effort
 from conjoin.pipeline.query.execute import Engine
-from conjoin.pipeline.query.functions import Rewritten, rewrite
-from conjoin.pipeline.query.parameters import Params, bind
-from conjoin.pipeline.query.parse import DIALECT, parse, parse_condition
-from conjoin.pipeline.query.planner import Read, TopK, plan_reads
+from conjoin.pipeline.query.explanation import (
+    Clock,
+    Explanation,
+    Measured,
+    Times,
+    explain_read,
+    recall_of_distances,
+    recall_of_rows,
+    told,
+)
+from conjoin.pipeline.query.parameters import Params
+from conjoin.pipeline.query.parse import parse, parse_condition, split_explain
+from conjoin.pipeline.query.planner import Read, TopK
+from conjoin.pipeline.query.prepared import Prepared, prepare
+from conjoin.pipeline.query.questions import Question, outcome
 from conjoin.pipeline.query.relations import Relation, frame_relation, nearest_name, table_relation
 from conjoin.pipeline.query.result import Result
-from conjoin.pipeline.query.search import Choice, candidates, choose, scan
+from conjoin.pipeline.query.search import candidates, choose
+from conjoin.pipeline.query.sources import Sources
 from conjoin.pipeline.query.tables import NamedTables, Relations, describe
 from conjoin.pipeline.query.text_search import TextPlan
 from conjoin.pipeline.query.vectors import QueryVectors
@@ -36,24 +48,26 @@ if TYPE_CHECKING:
     import lance
     import numpy as np
 
+Settings = Callable[[Relation], Mapping[str, Setting]]
 _SEARCHED = ("image", "text", "audio")  # whose vectors a search looks at, unless told: the first that the table has
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A checked query. sql: what DuckDB runs; parameters: lists and bytes that are not query vectors.
+class _Answer:
+    """How its tables were read, and what that took."""
 
-    texts: what the full-text index does for a read, by its name in DuckDB.
-    """
+    result: Result
+    prepared: Prepared
+    sources: Sources
+    times: Times
 
-    sql: str
-    parameters: Mapping[str, object]
-    reads: tuple[Read, ...]
-    rewritten: Rewritten
-    versions: Mapping[str, int]
-    questions: Mapping[tuple[str, int], Question]
-    texts: Mapping[str, TextPlan]
-    classifiers: tuple[Classifier, ...]
+    def distances(self) -> np.ndarray | None:
+        """Of the rows of the outermost SELECT, sorted; None where it does not sort by a distance."""
+        tree = self.prepared.tree
+        for read in self.prepared.reads:
+            if read.order is not None and isinstance(tree, exp.Select) and read.reference.scope.expression is tree:
+                return self.sources.distances(outcome(tree, *read.order))
+        return None
 
 
 class Table:
@@ -100,7 +114,7 @@ class Table:
         effort = wanted_effort(exact=exact, recall=recall)
         if mode:
             return self._explain(select, params, frames, effort, analyze=mode == "analyze").result()
-        return self._answer(parse(select), params, frames, effort)[0]
+        return self._answer(parse(select), params, frames, effort).result
 
     def tables(self) -> pa.Table:
         """What SQL can name: one row per table, its own first."""
@@ -144,9 +158,13 @@ class Table:
             explained.append(explain_read(read, settings, text.explained() if text else (), exact=effort.exact))
         if not analyze:
             return Explanation(tuple(explained))
-        result, sources, times = self._answer(parse(query), params, frames, effort)
-        truth = self._answer(parse(query), params, frames, EXACT)[1] if not effort.exact else sources
-        return Explanation(tuple(explained), Analysis(times, len(result), compare(sources, truth)))
+        found = self._answer(parse(query), params, frames, effort)
+        exact = self._answer(parse(query), params, frames, EXACT)
+        recall = recall_of_distances(*[answer.distances() for answer in (found, exact)])
+        if recall is None:
+            recall = recall_of_rows(found.result.table, exact.result.table)
+        became = tuple(told(gathered) for gathered in found.sources.gathered.values())
+        return Explanation(tuple(explained), Measured(found.times, len(found.result), recall, became))
 
     def search(
         self,
@@ -173,7 +191,7 @@ class Table:
         select = self._search_query(self._search_column(column), kind, k)
         if where:
             select = select.where(parse_condition(where))
-        return self._answer(select, {"query": value}, {})[0]
+        return self._answer(select, {"query": value}, {}).result
 
     def _search_query(self, column: str, kind: str, k: int) -> exp.Select:
         hidden = {name for name in self.schema.names if name.endswith(("_vec", "_hash"))} | set(
@@ -200,8 +218,7 @@ class Table:
 
     def _answer(
         self, tree: exp.Query, params: Params, frames: Mapping[str, object], effort: Effort = DEFAULT
-    ) -> tuple[Result, Sources, Times]:
-        """The answer, how its tables were read, and what that took."""
+    ) -> _Answer:
         prepared, clock = self._prepare(tree, params, frames), Clock()
         vectors = {wanted.name: self._vectors.make(wanted) for wanted in prepared.rewritten.wanted}
         functions = [c.function(self._vectors.encoder(c.column)) for c in prepared.classifiers]
@@ -223,32 +240,10 @@ class Table:
         clock.lap("search")
         answer = self._engine.run(prepared.sql, values, sources.by_name, functions)
         clock.lap("duckdb")
-        return Result(answer, prepared.versions), sources, clock.times()
+        return _Answer(Result(answer, prepared.versions), prepared, sources, clock.times())
 
-    def _prepare(self, tree: exp.Query, params: Params, frames: Mapping[str, object]) -> _Prepared:
-        relations = self._relations(frames)
-        bound = bind(tree, params)
-        analysis = analyse(tree, {**relations, **name_versions(tree, relations)})
-        curves, texts = relevance.expand(analysis), text_search.expand(analysis)
-        classifiers = classification.expand(analysis, bound)
-        rewritten = relevance.measured(rewrite(analysis, bound), curves)
-        reads = plan_reads(analysis, rewritten)
-        planned = {read.reference.name: text_search.plan(analysis, rewritten, read, texts) for read in reads}
-        plans = {name: text for name, text in planned.items() if text is not None}
-        for read in reads:
-            node, alias = read.reference.node, exp.to_identifier(read.reference.alias, quoted=True)
-            node.set("this", exp.to_identifier(read.reference.name, quoted=True))
-            if not node.alias:
-                node.set("alias", exp.TableAlias(this=alias))
-        questions = _questions(reads)
-        sql = tree.sql(DIALECT, copy=False)
-        zeros = {wanted.name: [0.0] * wanted.column.dim for wanted in rewritten.wanted}
-        stubs = [c.stub() for c in classifiers] + [s.function({}) for text in plans.values() for s in text.scores]
-        schemas = {r.reference.name: r.reference.relation.schema for r in reads}
-        self._engine.check(sql, {**bound, **zeros}, schemas, stubs)
-        pinned = {r.reference.relation.name: r.reference.relation.dataset for r in reads}
-        versions = {name: int(dataset.version) for name, dataset in pinned.items() if dataset is not None}
-        return _Prepared(sql, bound, reads, rewritten, versions, questions, plans, classifiers)
+    def _prepare(self, tree: exp.Query, params: Params, frames: Mapping[str, object]) -> Prepared:
+        return prepare(tree, params, self._relations(frames), self._engine)
 
     def _relations(self, frames: Mapping[str, object]) -> Relations:
         found = {self.name.lower(): self._relation()}
@@ -301,17 +296,6 @@ class Table:
             return None if choice.way == "scan" else candidates(wider, choice, vectors[top.measure.wanted.name])
 
         return text_search.search(read, planned, nearest)
-
-
-def _questions(reads: Sequence[Read]) -> dict[tuple[str, int], Question]:
-    """What a plan may ask DuckDB, by table and number of the key set, -1 for the outcome of a growth."""
-    found = {}
-    for read in reads:
-        for number, keys in enumerate(read.keys):
-            found[read.reference.name, number] = keys.question()
-        if (growth := read.growth) is not None:
-            found[read.reference.name, -1] = outcome(growth.select, growth.measure, growth.need)
-    return found
 
 
 def open_table(
