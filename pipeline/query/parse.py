@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 import sqlglot
 from sqlglot import Token, TokenType, exp
@@ -73,6 +74,21 @@ def parse(sql: str) -> exp.Query:
         raise _refusal(type(tree).__name__)
     _guard(tree)
     return tree
+
+
+def split_explain(sql: str) -> tuple[Literal["", "explain", "analyze"], str]:
+    """EXPLAIN or EXPLAIN ANALYZE in front of a query, and the query, whose places stay the same.
+
+    sqlglot makes EXPLAIN a Command with the rest as text.
+    """
+    found = _EXPLAIN.match(sql)
+    if found is None:
+        return "", sql
+    blanked = re.sub(r"[^\n]", " ", found[0])
+    return ("analyze" if found[1] else "explain"), blanked + sql[found.end() :]
+
+
+_EXPLAIN = re.compile(r"(?:\s|--[^\n]*\n|/\*.*?\*/)*EXPLAIN\b(?:\s+(ANALYZE)\b)?", re.IGNORECASE | re.DOTALL)
 
 
 def parse_condition(text: str) -> exp.Expr:
@@ -163,7 +179,11 @@ def _check_start(sql: str, tokens: Sequence[Token]) -> None:
 
 
 def _refusal(kind: str) -> QueryError:
-    hint = "table.explain(sql) explains" if kind == "EXPLAIN" else "Queries read and never write; use SELECT"
+    hint = (
+        "EXPLAIN stands first, once, before one SELECT"
+        if kind == "EXPLAIN"
+        else "Queries read and never write; use SELECT"
+    )
     return QueryError(f"{kind.upper()} is not allowed: only one SELECT is", next=hint)
 
 
@@ -207,11 +227,11 @@ def _guard_table(node: exp.Table) -> None:
         raise QueryError(f"the table {node.sql(DIALECT)} is not known: tables have plain names here")
     alias = node.args.get("alias")
     at_version = alias is not None and isinstance(alias.this, exp.Placeholder)  # emoji@v3
-    if node.args.get("version") or node.args.get("when") or at_version:
+    if node.args.get("when") or at_version:
         raise QueryError(
-            "versions cannot be named in SQL yet",
+            "versions are not named this way",
             where=node.name if at_version else node.sql(DIALECT),
-            next="Open another version and pass it as a frame: sql(..., before=cj.open(path, version))",
+            next=f"Write FROM {node.name} FOR VERSION AS OF 3, or 'previous', before the alias",
         )
 
 

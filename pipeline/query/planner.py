@@ -6,6 +6,8 @@ and ORDER BY and LIMIT see exact distances. So a plan decides speed, and a top-k
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -14,7 +16,10 @@ from sqlglot import exp
 from conjoin.pipeline.query.analysis import Analysis, Reference
 from conjoin.pipeline.query.filters import conjuncts, translate
 from conjoin.pipeline.query.functions import Measure, Rewritten
+from conjoin.pipeline.query.growth import Growth, unstable
+from conjoin.pipeline.query.keys import KeySet, find_keys, owns
 from conjoin.pipeline.query.parse import shown
+from conjoin.pipeline.query.ranges import Within, find_within
 
 # A top-k beyond this is answered by a scan: candidates would be most of a table.
 LARGEST_K = 5_000
@@ -33,7 +38,8 @@ class TopK:
 class Read:
     """What one reference reads. filter: pushed into Lance; kept: conditions that only DuckDB evaluates, as text.
 
-    reason: why this is a top-k or an exact scan, in plain words.
+    One of top (the nearest rows alone answer), growth (some of them may drop out again) and within (a range) leads to a
+    search, none of them to a scan; reason: why, in plain words. keys: semi-joins that may narrow growth, range or scan.
     """
 
     reference: Reference
@@ -42,6 +48,21 @@ class Read:
     kept: tuple[str, ...]
     top: TopK | None
     reason: str
+    growth: Growth | None = None
+    within: Within | None = None
+    keys: tuple[KeySet, ...] = ()
+
+    @property
+    def measure(self) -> Measure | None:
+        """What a search goes by."""
+        led = self.top or self.growth or self.within
+        return led.measure if led else None
+
+    @property
+    def order(self) -> tuple[Measure, int] | None:
+        """The distance that sorts the SELECT, and its LIMIT + OFFSET; None for a range or a scan."""
+        led = self.top or self.growth
+        return (led.measure, led.need) if led else None
 
 
 def plan_reads(analysis: Analysis, rewritten: Rewritten) -> tuple[Read, ...]:
@@ -57,8 +78,48 @@ def _plan(analysis: Analysis, rewritten: Rewritten, reference: Reference) -> Rea
         return Read(reference, columns, None, (), None, reason)
     pushed, kept = split(analysis, reference)
     text = " AND ".join(pushed) or None
+    words = tuple(shown(node) for node in kept)
     top, reason = _top(rewritten, reference, kept)
-    return Read(reference, columns, text, tuple(shown(node) for node in kept), top, reason)
+    if top is not None or not isinstance(reference.scope.expression, exp.Select) or not pushable(reference):
+        return Read(reference, columns, text, words, top, reason)
+    keys = tuple(find_keys(analysis, reference, lambda column: _own_column(analysis, reference, column), kept))
+    ranges = find_within(kept, rewritten.measures, reference)
+    growth = _growth(analysis, rewritten, reference, ranges)
+    if growth is not None:
+        return Read(reference, columns, text, words, None, _causes(growth.select, kept), growth, None, keys)
+    within = ranges[0] if ranges else None
+    reason = f"rows within {within.radius:g} of one vector" if within else reason
+    return Read(reference, columns, text, words, None, reason, None, within, keys)
+
+
+def _growth(analysis: Analysis, rewritten: Rewritten, reference: Reference, ranges: Sequence[Within]) -> Growth | None:
+    """A top-k some of whose rows may drop out, None if it is none."""
+    select = reference.scope.expression
+    measure = _first_key(select, rewritten) if isinstance(select, exp.Select) else None
+    limit, offset = count_of(select.args.get("limit")), count_of(select.args.get("offset"), missing=0)
+    if (
+        not isinstance(select, exp.Select)
+        or measure is None
+        or measure.reference is not reference
+        or limit is None
+        or offset is None
+    ):
+        return None
+    if limit + offset > LARGEST_K or unstable(analysis, rewritten, select, measure):
+        return None
+    radii = [found.radius for found in ranges if found.measure.wanted.name == measure.wanted.name]
+    ties = len(select.args["order"].expressions) > 1
+    return Growth(select, measure, limit + offset, ties, min(radii, default=math.inf))
+
+
+_DROPPING = {"joins": "tables are joined", "distinct": "DISTINCT", "qualify": "QUALIFY"}
+
+
+def _causes(select: exp.Select, kept: Sequence[exp.Expr]) -> str:
+    """Why nearest rows may drop out."""
+    causes = [words for clause, words in _DROPPING.items() if select.args.get(clause)]
+    causes += [f"only DuckDB can evaluate {shown(kept[0])}"] if kept else []
+    return "; ".join(causes) or "not every row may be shown"
 
 
 def _cheapest(schema: pa.Schema) -> str:
@@ -100,17 +161,10 @@ def pushable(reference: Reference) -> bool:
 
 
 def _own_column(analysis: Analysis, reference: Reference, column: exp.Column) -> tuple[str, pa.DataType] | None:
-    if len(column.parts) > 2 or analysis.scope_of_column.get(id(column)) is not reference.scope:
+    dataset, name = reference.relation.dataset, reference.relation.column(column.name)
+    if dataset is None or name is None or not owns(analysis, reference, column):
         return None
-    name = reference.relation.column(column.name)
-    if name is None:
-        return None
-    if column.table:
-        mine = column.table.lower() == reference.alias.lower()
-    else:
-        others = [s for s in analysis.sources(reference.scope).values() if s is not reference]
-        mine = all(isinstance(s, Reference) and s.relation.column(column.name) is None for s in others)
-    return (name, reference.relation.dataset.schema.field(name).type) if mine and reference.relation.dataset else None
+    return name, dataset.schema.field(name).type
 
 
 def _top(rewritten: Rewritten, reference: Reference, kept: list[exp.Expr]) -> tuple[TopK | None, str]:

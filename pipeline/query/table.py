@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import posixpath
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -17,17 +18,28 @@ from sqlglot import exp
 from conjoin.pipeline import store
 from conjoin.pipeline.errors import QueryError, TableError
 from conjoin.pipeline.index import Setting, settings
-from conjoin.pipeline.query import classification, relevance, text_search
-from conjoin.pipeline.query.analysis import analyse
-from conjoin.pipeline.query.classification import Classifier
+from conjoin.pipeline.query import text_search
+from conjoin.pipeline.query.effort import DEFAULT, EXACT, Effort, wanted_effort
 from conjoin.pipeline.query.execute import Engine
-from conjoin.pipeline.query.functions import Rewritten, rewrite
-from conjoin.pipeline.query.parameters import Params, bind
-from conjoin.pipeline.query.parse import DIALECT, parse, parse_condition
-from conjoin.pipeline.query.planner import Read, TopK, plan_reads
+from conjoin.pipeline.query.explanation import (
+    Clock,
+    Explanation,
+    Measured,
+    Times,
+    explain_read,
+    recall_of_distances,
+    recall_of_rows,
+    told,
+)
+from conjoin.pipeline.query.parameters import Params
+from conjoin.pipeline.query.parse import parse, parse_condition, split_explain
+from conjoin.pipeline.query.planner import Read, TopK
+from conjoin.pipeline.query.prepared import Prepared, prepare
+from conjoin.pipeline.query.questions import Question, outcome
 from conjoin.pipeline.query.relations import Relation, frame_relation, nearest_name, table_relation
 from conjoin.pipeline.query.result import Result
-from conjoin.pipeline.query.search import Choice, candidates, choose, scan
+from conjoin.pipeline.query.search import candidates, choose
+from conjoin.pipeline.query.sources import Sources
 from conjoin.pipeline.query.tables import NamedTables, Relations, describe
 from conjoin.pipeline.query.text_search import TextPlan
 from conjoin.pipeline.query.vectors import QueryVectors
@@ -36,23 +48,26 @@ if TYPE_CHECKING:
     import lance
     import numpy as np
 
+Settings = Callable[[Relation], Mapping[str, Setting]]
 _SEARCHED = ("image", "text", "audio")  # whose vectors a search looks at, unless told: the first that the table has
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A checked query. sql: what DuckDB runs; parameters: lists and bytes that are not query vectors.
+class _Answer:
+    """How its tables were read, and what that took."""
 
-    texts: what the full-text index does for a read, by its name in DuckDB.
-    """
+    result: Result
+    prepared: Prepared
+    sources: Sources
+    times: Times
 
-    sql: str
-    parameters: Mapping[str, object]
-    reads: tuple[Read, ...]
-    rewritten: Rewritten
-    versions: Mapping[str, int]
-    texts: Mapping[str, TextPlan]
-    classifiers: tuple[Classifier, ...]
+    def distances(self) -> np.ndarray | None:
+        """Of the rows of the outermost SELECT, sorted; None where it does not sort by a distance."""
+        tree = self.prepared.tree
+        for read in self.prepared.reads:
+            if read.order is not None and isinstance(tree, exp.Select) and read.reference.scope.expression is tree:
+                return self.sources.distances(outcome(tree, *read.order))
+        return None
 
 
 class Table:
@@ -74,7 +89,7 @@ class Table:
         self._wanted, self._named = version, NamedTables(tables)
         self._lock = threading.Lock()
         self._engine, self._vectors = Engine(), QueryVectors()
-        self._settings: tuple[tuple[str, int], Mapping[str, Setting]] | None = None
+        self._settings: dict[tuple[str, int, Effort], Mapping[str, Setting]] = {}
         self._dataset: lance.LanceDataset = store.open_version(self.uri, version)
 
     @property
@@ -86,13 +101,20 @@ class Table:
     def schema(self) -> pa.Schema:
         return self._current().schema
 
-    def sql(self, query: str, params: Params = None, **frames: object) -> Result:
+    def sql(
+        self, query: str, params: Params = None, *, exact: bool = False, recall: float | None = None, **frames: object
+    ) -> Result:
         """Answer one SELECT. frames: further tables by name (Arrow, pandas, polars, list of dicts, or another Table).
 
-        params: values for `?` in order, or for `$name` by name. Raises QueryError, or EncoderError for text() and
-        the like whose encoder cannot be loaded.
+        params: values for `?` in order, or for `$name` by name; exact: no index of vectors is used; recall: at least
+        this, measured, instead of what the index was made for. EXPLAIN and EXPLAIN ANALYZE give their lines.
+        Raises QueryError, or EncoderError for text() and the like whose encoder cannot be loaded.
         """
-        return self._answer(parse(query), params, frames)
+        mode, select = split_explain(query)
+        effort = wanted_effort(exact=exact, recall=recall)
+        if mode:
+            return self._explain(select, params, frames, effort, analyze=mode == "analyze").result()
+        return self._answer(parse(select), params, frames, effort).result
 
     def tables(self) -> pa.Table:
         """What SQL can name: one row per table, its own first."""
@@ -107,15 +129,42 @@ class Table:
             raise QueryError(f"there is no table {name!r}{nearest_name(wanted, relations)}")
         return describe(relations[wanted])
 
-    def explain(self, query: str, params: Params = None, **frames: object) -> str:
-        """How a query would be answered, in plain words, without answering it."""
+    def explain(
+        self,
+        query: str,
+        params: Params = None,
+        *,
+        analyze: bool = False,
+        exact: bool = False,
+        recall: float | None = None,
+        **frames: object,
+    ) -> Explanation:
+        """How a query would be answered, in plain words, without answering it; query: with or without EXPLAIN.
+
+        analyze: answer it, and exactly as well, and say what each stage took and the recall of this very query.
+        """
+        mode, select = split_explain(query)
+        effort = wanted_effort(exact=exact, recall=recall)
+        return self._explain(select, params, frames, effort, analyze=analyze or mode == "analyze")
+
+    def _explain(
+        self, query: str, params: Params, frames: Mapping[str, object], effort: Effort, *, analyze: bool
+    ) -> Explanation:
         prepared = self._prepare(parse(query), params, frames)
-        lines = []
+        explained = []
         for read in prepared.reads:
-            lines.append(_explain(read, self._choose(read), prepared.versions))
             text = prepared.texts.get(read.reference.name)
-            lines += [f"  {line}" for line in text.explained()] if text else []
-        return "\n".join(lines)
+            settings = self._index_settings(effort, read.reference.relation) if read.measure else {}
+            explained.append(explain_read(read, settings, text.explained() if text else (), exact=effort.exact))
+        if not analyze:
+            return Explanation(tuple(explained))
+        found = self._answer(parse(query), params, frames, effort)
+        exact = self._answer(parse(query), params, frames, EXACT)
+        recall = recall_of_distances(*[answer.distances() for answer in (found, exact)])
+        if recall is None:
+            recall = recall_of_rows(found.result.table, exact.result.table)
+        became = tuple(told(gathered) for gathered in found.sources.gathered.values())
+        return Explanation(tuple(explained), Measured(found.times, len(found.result), recall, became))
 
     def search(
         self,
@@ -142,7 +191,7 @@ class Table:
         select = self._search_query(self._search_column(column), kind, k)
         if where:
             select = select.where(parse_condition(where))
-        return self._answer(select, {"query": value}, {})
+        return self._answer(select, {"query": value}, {}).result
 
     def _search_query(self, column: str, kind: str, k: int) -> exp.Select:
         hidden = {name for name in self.schema.names if name.endswith(("_vec", "_hash"))} | set(
@@ -167,43 +216,34 @@ class Table:
             raise QueryError("the table has no vector column that conjoin made", where=self.uri)
         return found
 
-    def _answer(self, tree: exp.Query, params: Params, frames: Mapping[str, object]) -> Result:
-        prepared = self._prepare(tree, params, frames)
+    def _answer(
+        self, tree: exp.Query, params: Params, frames: Mapping[str, object], effort: Effort = DEFAULT
+    ) -> _Answer:
+        prepared, clock = self._prepare(tree, params, frames), Clock()
         vectors = {wanted.name: self._vectors.make(wanted) for wanted in prepared.rewritten.wanted}
         functions = [c.function(self._vectors.encoder(c.column)) for c in prepared.classifiers]
-        sources = {}
-        for read in prepared.reads:
-            found = self._search_text(read, prepared.texts.get(read.reference.name), vectors)
-            functions += found.functions if found else ()
-            rows = found.rows if found else None
-            sources[read.reference.name] = self._source(read, vectors) if rows is None else rows
-        values = {name: vector.tolist() for name, vector in vectors.items()}
-        answer = self._engine.run(prepared.sql, {**prepared.parameters, **values}, sources, functions)
-        return Result(answer, prepared.versions)
+        clock.lap("embed")
+        values = {**prepared.parameters, **{name: vector.tolist() for name, vector in vectors.items()}}
 
-    def _prepare(self, tree: exp.Query, params: Params, frames: Mapping[str, object]) -> _Prepared:
-        relations = self._relations(frames)
-        bound = bind(tree, params)
-        analysis = analyse(tree, relations)
-        curves, texts = relevance.expand(analysis), text_search.expand(analysis)
-        classifiers = classification.expand(analysis, bound)
-        rewritten = relevance.measured(rewrite(analysis, bound), curves)
-        reads = plan_reads(analysis, rewritten)
-        planned = {read.reference.name: text_search.plan(analysis, rewritten, read, texts) for read in reads}
-        plans = {name: text for name, text in planned.items() if text is not None}
-        for read in reads:
-            node, alias = read.reference.node, exp.to_identifier(read.reference.alias, quoted=True)
-            node.set("this", exp.to_identifier(read.reference.name, quoted=True))
-            if not node.alias:
-                node.set("alias", exp.TableAlias(this=alias))
-        sql = tree.sql(DIALECT, copy=False)
-        zeros = {wanted.name: [0.0] * wanted.column.dim for wanted in rewritten.wanted}
-        stubs = [c.stub() for c in classifiers] + [s.function({}) for text in plans.values() for s in text.scores]
-        schemas = {r.reference.name: r.reference.relation.schema for r in reads}
-        self._engine.check(sql, {**bound, **zeros}, schemas, stubs)
-        pinned = {r.reference.relation.name: r.reference.relation.dataset for r in reads}
-        versions = {name: int(dataset.version) for name, dataset in pinned.items() if dataset is not None}
-        return _Prepared(sql, bound, reads, rewritten, versions, plans, classifiers)
+        def ask(question: Question, sources: Mapping[str, object]) -> pa.Table:
+            given = {name: value for name, value in values.items() if name in question.parameters}
+            return self._engine.run(question.sql, given, sources, functions)
+
+        settings = partial(self._index_settings, effort)
+        sources = Sources(prepared.reads, prepared.questions, vectors, settings, ask)
+        for read in prepared.reads:
+            found = self._search_text(read, prepared.texts.get(read.reference.name), vectors, settings)
+            functions += found.functions if found else ()
+            if found is not None and found.rows is not None:
+                sources.put(read.reference.name, found.rows)
+        sources.gather()
+        clock.lap("search")
+        answer = self._engine.run(prepared.sql, values, sources.by_name, functions)
+        clock.lap("duckdb")
+        return _Answer(Result(answer, prepared.versions), prepared, sources, clock.times())
+
+    def _prepare(self, tree: exp.Query, params: Params, frames: Mapping[str, object]) -> Prepared:
+        return prepare(tree, params, self._relations(frames), self._engine)
 
     def _relations(self, frames: Mapping[str, object]) -> Relations:
         found = {self.name.lower(): self._relation()}
@@ -234,60 +274,28 @@ class Table:
         tag = self._dataset.tags.list().get(self._wanted)
         return tag is not None and tag["version"] == self._dataset.version
 
-    def _choose(self, read: Read) -> Choice | None:
-        relation = read.reference.relation
-        if relation.dataset is None:
-            return None
-        return choose(read, self._index_settings(relation) if read.top else {})
-
-    def _index_settings(self, relation: Relation) -> Mapping[str, Setting]:
-        assert relation.dataset is not None
-        key = (relation.uri, int(relation.dataset.version))
+    def _index_settings(self, effort: Effort, relation: Relation) -> Mapping[str, Setting]:
+        """How to use the indexes of a table; none of them for an exact answer."""
+        if effort.exact or relation.dataset is None:
+            return {}
+        key = (relation.uri, int(relation.dataset.version), effort)
         with self._lock:
-            if self._settings is None or self._settings[0] != key:
-                self._settings = (key, settings(relation.uri, relation.dataset))
-            return self._settings[1]
+            if key not in self._settings:
+                self._settings[key] = effort.applied(relation, settings(relation.uri, relation.dataset))
+            return self._settings[key]
 
     def _search_text(
-        self, read: Read, planned: TextPlan | None, vectors: Mapping[str, np.ndarray]
+        self, read: Read, planned: TextPlan | None, vectors: Mapping[str, np.ndarray], settings: Settings
     ) -> text_search.Found | None:
         if planned is None:
             return None
 
         def nearest(top: TopK) -> pa.Table | None:
             wider = replace(read, top=top)
-            choice = self._choose(wider)
-            if choice is None or choice.way == "scan":
-                return None
-            return candidates(wider, choice, vectors[top.measure.wanted.name])
+            choice = choose(wider, settings(read.reference.relation))
+            return None if choice.way == "scan" else candidates(wider, choice, vectors[top.measure.wanted.name])
 
         return text_search.search(read, planned, nearest)
-
-    def _source(self, read: Read, vectors: Mapping[str, np.ndarray]) -> object:
-        choice = self._choose(read)
-        if choice is None or choice.way == "scan" or read.top is None:
-            return scan(read)
-        found = candidates(read, choice, vectors[read.top.measure.wanted.name])
-        return scan(read) if found is None else found
-
-
-def _explain(read: Read, choice: Choice | None, versions: Mapping[str, int]) -> str:
-    relation = read.reference.relation
-    if choice is None:
-        return f"{relation.name}: {read.reason}, {len(read.columns)} columns"
-    few = f"nearest rows first, but a scan of {choice.rows:,} is quicker" if read.top else read.reason
-    ways = {
-        "scan": f"exact scan ({few})",
-        "exact": f"exact nearest-neighbour search, {choice.fetch} candidates ({read.reason}; no index in use)",
-        "index": f"index search, {choice.fetch} candidates from {choice.nprobes} partitions ({read.reason})",
-    }
-    parts = [
-        f"{relation.name} version {versions[relation.name]}: {ways[choice.way]}",
-        f"columns {', '.join(read.columns)}",
-    ]
-    parts += [f"filter in Lance: {read.filter}"] if read.filter else []
-    parts += [f"filter in DuckDB: {' AND '.join(read.kept)}"] if read.kept else []
-    return "\n  ".join(parts)
 
 
 def open_table(

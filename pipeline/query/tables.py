@@ -80,6 +80,10 @@ class Relations(Mapping[str, Relation]):
             self._known[name] = self._others.open(name)
         return self._known[name]
 
+    def joined(self, more: Mapping[str, Relation]) -> Relations:
+        """With further names; none is opened."""
+        return Relations({**self._known, **more}, self._others)
+
     def __iter__(self) -> Iterator[str]:
         return iter({**self._known, **dict.fromkeys(map(str.lower, self._others.paths))})
 

@@ -1,0 +1,80 @@
+"""A checked query: what DuckDB will run, what is read for it, and which vectors and functions it needs.
+
+Assumes: nothing of a table is read yet but its schema; DuckDB has bound the query against empty tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sqlglot import exp
+
+from conjoin.pipeline.query import classification, relevance, text_search
+from conjoin.pipeline.query.analysis import analyse
+from conjoin.pipeline.query.classification import Classifier
+from conjoin.pipeline.query.execute import Engine
+from conjoin.pipeline.query.functions import Rewritten, rewrite
+from conjoin.pipeline.query.parameters import Params, bind
+from conjoin.pipeline.query.parse import DIALECT
+from conjoin.pipeline.query.planner import Read, plan_reads
+from conjoin.pipeline.query.questions import Question, outcome
+from conjoin.pipeline.query.tables import Relations
+from conjoin.pipeline.query.text_search import TextPlan
+from conjoin.pipeline.query.versions import name_versions
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A checked query. sql: what DuckDB runs; parameters: lists and bytes that are not query vectors.
+
+    questions: what the plan may ask DuckDB, by table and number of the key set, -1 for the outcome of a growth; texts:
+    what the full-text index does for a read, by its name in DuckDB.
+    """
+
+    tree: exp.Query
+    sql: str
+    parameters: Mapping[str, object]
+    reads: tuple[Read, ...]
+    rewritten: Rewritten
+    versions: Mapping[str, int]
+    questions: Mapping[tuple[str, int], Question]
+    texts: Mapping[str, TextPlan]
+    classifiers: tuple[Classifier, ...]
+
+
+def prepare(tree: exp.Query, params: Params, relations: Relations, engine: Engine) -> Prepared:
+    """Bind, resolve, plan and check a query; its tree is changed. Raises QueryError."""
+    bound = bind(tree, params)
+    analysis = analyse(tree, relations.joined(name_versions(tree, relations)))
+    curves, texts = relevance.expand(analysis), text_search.expand(analysis)
+    classifiers = classification.expand(analysis, bound)
+    rewritten = relevance.measured(rewrite(analysis, bound), curves)
+    reads = plan_reads(analysis, rewritten)
+    planned = {read.reference.name: text_search.plan(analysis, rewritten, read, texts) for read in reads}
+    plans = {name: text for name, text in planned.items() if text is not None}
+    for read in reads:
+        node, alias = read.reference.node, exp.to_identifier(read.reference.alias, quoted=True)
+        node.set("this", exp.to_identifier(read.reference.name, quoted=True))
+        if not node.alias:
+            node.set("alias", exp.TableAlias(this=alias))
+    questions = _questions(reads)
+    sql = tree.sql(DIALECT, copy=False)
+    zeros = {wanted.name: [0.0] * wanted.column.dim for wanted in rewritten.wanted}
+    stubs = [c.stub() for c in classifiers] + [s.function({}) for text in plans.values() for s in text.scores]
+    schemas = {r.reference.name: r.reference.relation.schema for r in reads}
+    engine.check(sql, {**bound, **zeros}, schemas, stubs)
+    pinned = {r.reference.relation.name: r.reference.relation.dataset for r in reads}
+    versions = {name: int(dataset.version) for name, dataset in pinned.items() if dataset is not None}
+    return Prepared(tree, sql, bound, reads, rewritten, versions, questions, plans, classifiers)
+
+
+def _questions(reads: Sequence[Read]) -> dict[tuple[str, int], Question]:
+    """After the tables have their names inside DuckDB."""
+    found = {}
+    for read in reads:
+        for number, keys in enumerate(read.keys):
+            found[read.reference.name, number] = keys.question()
+        if (growth := read.growth) is not None:
+            found[read.reference.name, -1] = outcome(growth.select, growth.measure, growth.need)
+    return found
