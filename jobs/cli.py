@@ -247,6 +247,9 @@ def run(
     set_: Set = [],  # noqa: B006
     date: Date = None,
     full: Annotated[bool, typer.Option("--full", help="embed every row again, whatever is published")] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="a canary: only the first N rows, into a scratch table of their own")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Bring the table up to date with the source and publish it: the night. The same command resumes."""
@@ -256,7 +259,7 @@ def run(
 
     config = _read(file, set_, date)
     with Screen() as screen:
-        report = night(config, _logical_date(date), full=full, progress=screen.show)
+        report = night(config, _logical_date(date), full=full, limit=limit, progress=screen.show)
     print(json.dumps(report.to_json(), indent=1) if as_json else night_report(report))
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 import pyarrow as pa
 
 from conjoin.jobs.stopping import stoppable
-from conjoin.pipeline import edits, landing, night_page, runs, store
+from conjoin.pipeline import edits, landing, night_page, runs, storage, store
 from conjoin.pipeline.catalog import Catalog
 from conjoin.pipeline.draft import base_of, drafting, freeze
 from conjoin.pipeline.embed import Attempt, embed
@@ -37,6 +37,7 @@ from conjoin.pipeline.publish import Entry, Lease, check_lease, publish, reject,
 from conjoin.pipeline.quarantine import groups_of, rows_of
 from conjoin.pipeline.retries import due
 from conjoin.pipeline.state import manifest_of_run, read_manifest
+from conjoin.pipeline.store import canary_uri
 from conjoin.pipeline.survey import is_current, survey
 from conjoin.pipeline.units import Record, read_records
 
@@ -49,13 +50,22 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-def run(config: RunFile, date: dt.date | None = None, *, full: bool = False, progress: ShowProgress = silent) -> Night:
+def run(
+    config: RunFile,
+    date: dt.date | None = None,
+    *,
+    full: bool = False,
+    limit: int | None = None,
+    progress: ShowProgress = silent,
+) -> Night:
     """Bring the table up to date with the source and publish it.
 
     date: the logical date, today by default; full: make the whole table anew, whatever is published, and start over
-    where an unfinished run cannot be resumed. Raises the ConjoinError of the step that failed; Interrupted on Ctrl-C.
+    where an unfinished run cannot be resumed; limit: a canary night, the first so many rows into a scratch table
+    `<name>__canary.lance`, made anew each time. Raises the ConjoinError of the step that failed; Interrupted on Ctrl-C.
     """
     catalog = _catalog(config)
+    catalog = catalog if limit is None else _canary(catalog)
     uri = catalog.table.path
     with _saying_how_far(uri):
         lease = take_lease(uri, f"{catalog.name} on {socket.gethostname()}, process {os.getpid()}")
@@ -69,7 +79,7 @@ def run(config: RunFile, date: dt.date | None = None, *, full: bool = False, pro
         if again is None and is_current(base.manifest, found, catalog.embed.precision):
             return report or _unchanged(uri)
         run_id = runs.next_run_id(uri, catalog.name, date or dt.date.today())  # noqa: DTZ011
-        with clock.timing("plan"), drafting(catalog, found, base, again) as draft:
+        with clock.timing("plan"), drafting(catalog, found, base, again, limit) as draft:
             _check_limits(config, draft.embedded, found.fingerprint)
             plan = freeze(draft, run_id, runs.run_directory(uri, run_id))
         return _night(_Tonight(config, catalog, plan, lease, progress, clock))
@@ -198,6 +208,7 @@ def _swap(tonight: _Tonight) -> None:
     """A new encoder's columns take the place of the old ones; columns that are kept no more go."""
     change = tonight.plan.change
     edits.swap_columns(store.open_version(tonight.uri, None), change.dropped, dict(change.renamed))
+    edits.describe(store.open_version(tonight.uri, None), tonight.plan.schema.metadata or {})
 
 
 def _index(tonight: _Tonight) -> tuple[Mapping[str, object], ...]:
@@ -335,6 +346,14 @@ def _catalog(config: RunFile) -> Catalog:
     if config.encoder is None:
         raise ConfigError("the run file names no encoder", next="`conjoin train` makes one; then set `encoder:`")
     return Catalog(config.name, config.source, config.encoder, config.table, config.embed).absolute()
+
+
+def _canary(catalog: Catalog) -> Catalog:
+    """The same with a table of its own, without what an earlier canary left there."""
+    uri = canary_uri(catalog.table.path)
+    for path in (uri, store.bookkeeping(uri), store.quarantine_uri(uri)):
+        storage.remove(path)
+    return replace(catalog, table=catalog.table.model_copy(update={"path": uri}))
 
 
 def _now() -> str:

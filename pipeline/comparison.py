@@ -40,7 +40,7 @@ class Question:
     """What is compared. live: its manifest and dataset, None on a first night; due: (id, modality) to try again.
 
     anew: modalities whose vectors are all computed again, so that rows of unchanged files are wanted too; reread: the
-    run file's columns changed, so that every file is opened.
+    run file's columns changed, so that every file is opened; limit: the first so many rows only.
     """
 
     source: SourceConfig
@@ -52,6 +52,7 @@ class Question:
     due: pa.Table | None = None
     anew: tuple[str, ...] = ()
     reread: bool = False
+    limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +206,11 @@ def _load_new(comparison: Comparison) -> None:
     groups = [(n, g) for n in comparison.files.opened for g in range(len(question.files[n].row_groups))]
     for table in in_order(groups, lambda place: _read(comparison, *place)):
         _insert(comparison, "now", table)
+    if question.limit is not None:
+        comparison.connection.execute(
+            "DELETE FROM now WHERE (file, row_group, row) NOT IN "
+            f"(SELECT (file, row_group, row) FROM now ORDER BY file, row_group, row LIMIT {question.limit})"
+        )
     numbers = ", ".join(map(str, comparison.files.recalled)) or "-2"
     comparison.connection.execute(f"INSERT INTO now SELECT * FROM old WHERE file IN ({numbers})")
 

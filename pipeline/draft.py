@@ -167,9 +167,12 @@ class _Cut:
 
 
 @contextmanager
-def drafting(catalog: Catalog, found: Survey, base: Base, due: pa.Table | None = None) -> Iterator[Draft]:
+def drafting(
+    catalog: Catalog, found: Survey, base: Base, due: pa.Table | None = None, limit: int | None = None
+) -> Iterator[Draft]:
     """Compare the source with what `base` holds. due: (id, modality, file) of quarantined values to try again.
 
+    limit: look at the first so many rows only, for a table that is made anew.
     Raises SourceError for ids that are null, repeated or of mixed types, TableError for columns that do not fit.
     """
     from conjoin.pipeline.survey import modalities_of
@@ -190,6 +193,7 @@ def drafting(catalog: Catalog, found: Survey, base: Base, due: pa.Table | None =
         due=due,
         anew=anew,
         reread=manifest is not None and manifest.config != found.config,
+        limit=limit,
     )
     with comparing(question) as comparison:
         yield Draft(catalog, found, base, comparison, schema, change, thumbnail_px, anew)

@@ -129,6 +129,15 @@ def add_columns(dataset: lance.LanceDataset, schema: pa.Schema) -> None:
             dataset.add_columns(pa.schema(missing))
 
 
+def describe(dataset: lance.LanceDataset, metadata: Mapping[bytes, bytes]) -> None:
+    """Give the head's schema this metadata besides what it has. Repeating it changes nothing."""
+    there = dataset.schema.metadata or {}
+    changed = {key.decode(): value.decode() for key, value in metadata.items() if there.get(key) != value}
+    if changed:
+        with storage.explaining("describe the table", str(dataset.uri)):
+            dataset.update_schema_metadata(changed)
+
+
 def swap_columns(dataset: lance.LanceDataset, dropped: Sequence[str], renamed: Mapping[str, str]) -> None:
     """Drop columns of the head, then rename others ({now: then}). Repeating it changes nothing."""
     there = set(dataset.schema.names)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from conjoin.pipeline.embedding_functions import embedding_functions
 from conjoin.pipeline.errors import TableError
 from conjoin.pipeline.store import Layout, columns_of_schema, table_schema, vector_columns
 from conjoin.pipeline.survey import modalities_of
@@ -46,7 +47,10 @@ class Change:
 def lay_out(
     catalog: Catalog, found: Survey, columns: SourceSchema, head: lance.LanceDataset | None
 ) -> tuple[pa.Schema, int]:
-    """The table's schema, and the side of thumbnails in pixels (0: none)."""
+    """The table's schema, and the side of thumbnails in pixels (0: none).
+
+    Its metadata tells LanceDB of the encoders, for interop.py.
+    """
     import pyarrow as pa
 
     modalities = modalities_of(catalog, found.spec)
@@ -66,7 +70,8 @@ def lay_out(
         fingerprint=found.fingerprint,
         encoder=catalog.encoder,
     )
-    return table_schema(layout), thumbnail_px
+    schema = table_schema(layout)
+    return schema.with_metadata(embedding_functions(schema)), thumbnail_px
 
 
 def _vector_type(catalog: Catalog, found: Survey, head: lance.LanceDataset | None, columns: int) -> pa.DataType:
@@ -116,4 +121,4 @@ def working_schema(schema: pa.Schema, change: Change) -> pa.Schema:
     """The plan's schema with the names that its columns have until the swap."""
     import pyarrow as pa
 
-    return pa.schema([field.with_name(change.working_name(field.name)) for field in schema])
+    return pa.schema([field.with_name(change.working_name(field.name)) for field in schema], schema.metadata)

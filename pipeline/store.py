@@ -109,6 +109,11 @@ def quarantine_uri(uri: str) -> str:
     return f"{_stem(uri)}__quarantine.lance"
 
 
+def canary_uri(uri: str) -> str:
+    """The scratch table of `conjoin run --limit`."""
+    return f"{_stem(uri)}__canary.lance"
+
+
 def _stem(uri: str) -> str:
     return uri.rstrip("/").removesuffix(".lance")
 

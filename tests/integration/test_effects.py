@@ -37,7 +37,17 @@ class Effects:
         dataset = lance.LanceDataset
         targets: list[tuple[object, str]] = [
             *((storage, name) for name in ("write_bytes", "create_bytes", "copy_tree", "remove")),
-            *((dataset, name) for name in ("commit", "add_columns", "drop_columns", "alter_columns", "restore")),
+            *(
+                (dataset, name)
+                for name in (
+                    "commit",
+                    "add_columns",
+                    "drop_columns",
+                    "alter_columns",
+                    "restore",
+                    "update_schema_metadata",
+                )
+            ),
             *((dataset, name) for name in ("create_index", "create_scalar_index", "drop_index", "delete")),
             *((fragment, name) for name in ("write_fragments",)),
             *((fragment.LanceFragment, name) for name in ("update_columns", "delete_rows")),

@@ -209,3 +209,13 @@ def test_rows_of_a_stranger_on_the_head_are_not_built_on(shop: Shop) -> None:
     shop.night()
     shop.check()
     assert store.head(uri).count_rows() == 18
+
+
+def test_a_canary_is_a_table_of_its_own(shop: Shop) -> None:
+    before = shop.table()
+    for limit in (5, 12):
+        report = run(shop.config(), DATE, limit=limit)
+        assert (report.rows, report.status, Path(report.table).name) == (limit, "published", "things__canary.lance")
+    assert shop.table("things__canary.lance")["id"].to_pylist() == sorted(f"r{n}" for n in range(12))
+    assert shop.table().equals(before)
+    assert shop.night().status == "unchanged"
