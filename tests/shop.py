@@ -76,7 +76,7 @@ class Shop:
             "encoder": str(self.encoder),
             "table": {"path": str(self.folder / where)},
             "embed": {"unit_rows": 4},
-            "gates": {"row_change": 10},
+            "gates": {"row_change": 10, "quarantine": 1, "hit_at_10_drop": 1},
         }
         return RunFile.model_validate({**fields, **self.more, **changes})
 
