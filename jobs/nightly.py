@@ -68,10 +68,10 @@ def run(
     catalog = catalog if limit is None else _canary(catalog)
     uri = catalog.table.path
     with _saying_how_far(uri):
-        lease = take_lease(uri, f"{catalog.name} on {socket.gethostname()}, process {os.getpid()}")
+        lease = _lease(catalog) if storage.exists(store.bookkeeping(uri)) else None
         report = None
         for plan in _resumable(uri, full=full):
-            report = _night(_Tonight(config, catalog, plan, lease, progress))
+            report = _night(_Tonight(config, catalog, plan, lease or _lease(catalog), progress))
         clock = _Clock()
         base = clock("survey", lambda: base_of(uri, full=full and report is None))
         found = clock("survey", lambda: survey(catalog, base.known))
@@ -81,6 +81,7 @@ def run(
         run_id = runs.next_run_id(uri, catalog.name, date or dt.date.today())  # noqa: DTZ011
         with clock.timing("plan"), drafting(catalog, found, base, again, limit) as draft:
             _check_limits(config, draft.embedded, found.fingerprint)
+            lease = lease or _lease(catalog)
             plan = freeze(draft, run_id, runs.run_directory(uri, run_id))
         return _night(_Tonight(config, catalog, plan, lease, progress, clock))
 
@@ -104,6 +105,10 @@ def plan(config: RunFile, *, full: bool = False) -> Forecast:
         except GateError as error:
             return forecast(draft, expected, error.what)
         return forecast(draft, expected)
+
+
+def _lease(catalog: Catalog) -> Lease:
+    return take_lease(catalog.table.path, f"{catalog.name} on {socket.gethostname()}, process {os.getpid()}")
 
 
 class _Clock:
