@@ -50,6 +50,10 @@ def query(
     as_csv: Csv = False,
     as_json: Json = False,
     explain: Annotated[bool, typer.Option("--explain", help="say how it would be answered, do not answer it")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="use no index of vectors")] = False,
+    recall: Annotated[
+        float | None, typer.Option(help="at least this share of the nearest rows; default: what the index was made for")
+    ] = None,
 ) -> None:
     """Answer SQL over the published table; FILE is a run file or a table's path. Without SQL: a shell.
 
@@ -57,6 +61,7 @@ def query(
     """
     from conjoin.jobs.target import open_given
     from conjoin.pipeline.errors import QueryError
+    from conjoin.pipeline.query.parse import split_explain
 
     target, sql = _split(words or [])
     style = one_style(as_json, as_csv, out)
@@ -64,17 +69,18 @@ def query(
     if sql is None:
         from conjoin.jobs.shell import run_shell
 
-        if param or explain or out:
-            raise typer.BadParameter("--param, --explain and --out need SQL")
+        if param or explain or out or exact or recall is not None:
+            raise typer.BadParameter("--param, --explain, --exact, --recall and --out need SQL")
         raise typer.Exit(run_shell(table, style))
     from conjoin.jobs.render import write_rows
 
     try:
         params = parameters(param or [], sql)
-        if explain:
-            print(table.explain(sql, params))
+        if explain or (as_json and split_explain(sql)[0]):
+            found = table.explain(sql, params, exact=exact, recall=recall)
+            print(found.to_json() if as_json else found)
         else:
-            write_rows(table.sql(sql, params).to_arrow(), out=out, style=style)
+            write_rows(table.sql(sql, params, exact=exact, recall=recall).to_arrow(), out=out, style=style)
     except QueryError as error:
         if os.environ.get("CONJOIN_TRACEBACK"):
             raise

@@ -32,7 +32,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """How one table is read. way: `index search`, `exact search`, `exact scan`, `given` or `full-text search`.
+    """How one table is read. way: `index search`, `exact nearest-neighbour search`, `exact scan`, or `given`.
 
     rows: that pass the pushed filter; residual: conditions that only DuckDB evaluates; keys: where a narrower filter
     comes from while the query runs; unindexed_rows: searched as well, without the index.
@@ -90,6 +90,10 @@ class Explanation:
         return "\n".join([*[line for step in self.steps for line in _lines(step)], *self._measured()])
 
     __repr__ = __str__
+
+    def __contains__(self, text: str) -> bool:
+        """Whether its words are among the lines."""
+        return text in str(self)
 
     def to_json(self) -> str:
         """{format, steps: [...], measured: {...} or null}, indented."""
@@ -152,7 +156,7 @@ def explain_read(read: Read, settings: Mapping[str, Setting], text: Sequence[str
     return step if read.measure is None else _with_vectors(step, read, choice)
 
 
-_WAYS = {"scan": "exact scan", "exact": "exact search", "index": "index search"}
+_WAYS = {"scan": "exact scan", "exact": "exact nearest-neighbour search", "index": "index search"}
 
 
 def _with_vectors(step: Step, read: Read, choice: Choice) -> Step:

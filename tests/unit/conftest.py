@@ -1,18 +1,23 @@
-"""Tiny checkpoints of other libraries, made once; tables as nights make them."""
+"""Made once: tiny checkpoints of other libraries, tables as nights make them, an indexed table beside DuckDB."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import duckdb
 import lance
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from lance.fragment import write_fragments
+
+if TYPE_CHECKING:
+    from conjoin.pipeline.query import Table
 
 
 @pytest.fixture(scope="session")
@@ -141,3 +146,46 @@ class Nights:
 def nights(tmp_path: Path) -> Nights:
     """An empty place for a table."""
     return Nights(f"{tmp_path}/nights.lance")
+
+
+@dataclass(frozen=True, slots=True)
+class Things:
+    """12,000 rows of 32 dimensions with an index, open, and DuckDB over the same rows; nobody changes them."""
+
+    table: Table
+    made: Any
+    duckdb: duckdb.DuckDBPyConnection
+
+    def query(self, seed: int = 0) -> np.ndarray:
+        """(32,) in the neighbourhood of a row."""
+        rng = np.random.default_rng(seed)
+        vector = self.made.vectors["image_vec"][rng.integers(len(self.made.rows))]
+        found = vector + 0.1 * rng.normal(size=vector.shape)
+        return found / np.linalg.norm(found)
+
+    def exactly(self, sql: str, query: np.ndarray) -> pa.Table:
+        """What DuckDB says of all rows; DIST stands for the distance of image_vec to the query."""
+        exact = f"array_cosine_distance(image_vec, {[float(x) for x in query]}::FLOAT[32])"
+        return self.duckdb.sql(sql.replace("DIST", exact)).to_arrow_table()
+
+    def answered(self, sql: str, query: np.ndarray, **options: Any) -> pa.Table:
+        return self.table.sql(self.ours(sql), {"v": query}, **options).to_arrow()
+
+    def explained(self, sql: str, **options: Any) -> Any:
+        return self.table.explain(self.ours(sql), {"v": self.query()}, **options)
+
+    @staticmethod
+    def ours(sql: str) -> str:
+        return sql.replace("DIST", "distance(image_vec, $v)")
+
+
+@pytest.fixture(scope="session")
+def things(make_table_at: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Things:
+    from conjoin.pipeline import index, store
+    from conjoin.pipeline.query import open_table
+
+    made = make_table_at(f"{tmp_path_factory.mktemp('indexed')}/things.lance", 12_000, 32, columns=("image_vec",))
+    index.build(made.uri, store.TableConfig(path=made.uri), exact_floats=100_000)
+    connection = duckdb.connect()
+    connection.register("things", made.rows)
+    return Things(open_table(made.uri, None), made, connection)

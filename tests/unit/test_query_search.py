@@ -205,7 +205,7 @@ def test_half_floats_are_searched_and_shown_as_floats(make_table: Callable[..., 
 def test_choices_by_size(indexed: Indexed) -> None:
     def way(limit: int, where: str = "true") -> str:
         sql = f"SELECT id FROM things WHERE {where} ORDER BY distance(image_vec, $v) LIMIT {limit}"
-        return indexed.table.explain(sql, {"v": queries(1)[0]}).split(": ", 1)[1].split(",")[0].split(" (")[0]
+        return indexed.table.explain(sql, {"v": queries(1)[0]}).steps[0].way
 
     assert way(10) == "index search"
     assert way(10, "stock < 500") == "exact scan"
