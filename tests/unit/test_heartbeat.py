@@ -46,9 +46,14 @@ def test_a_night_says_how_far_it_is(uri: str) -> None:
 
 
 def test_a_night_that_raises_leaves_the_reason(uri: str) -> None:
-    with pytest.raises(ValueError, match="why"), Heartbeat(uri, "r1") as beat:
-        beat.step("commit")
-        raise ValueError("why")
+
+    def night() -> None:
+        with Heartbeat(uri, "r1") as beat:
+            beat.step("commit")
+            raise ValueError("why")
+
+    with pytest.raises(ValueError, match="why"):
+        night()
     (found,) = read_beats(uri)
     assert (found.step, found.ended, found.stale) == ("commit", "why", False)
     with Heartbeat(uri, "r1"):
