@@ -143,7 +143,7 @@ def test_a_rejected_candidate_is_forced(conjoin: Run, uri: str, make_table: Call
     assert "of run things-2026-01-02, forced, with 30 rows is live, before it version 1" in done.out
     dataset = store.open_version(uri)
     assert (dataset.count_rows(), store.run_of(dataset)["run_id"]) == (30, "things-2026-01-02")
-    assert any(index["name"] for index in dataset.list_indices()), "it is indexed before it is live"
+    assert dataset.describe_indices(), "it is indexed before it is live"
     entry = json.loads(conjoin("publish", "--force", "things-2026-01-02", "--json").out)
     assert (entry["action"], entry["version"], entry["hook"]) == ("forced", dataset.version, None)
     assert len(json.loads(conjoin("history", "--json").out)) == 3
