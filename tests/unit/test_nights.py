@@ -10,7 +10,8 @@ from shop import DATE, Shop, open_shop, picture, row
 from conjoin.jobs.nightly import plan, run
 from conjoin.pipeline import publish as publishing
 from conjoin.pipeline import store
-from conjoin.pipeline.errors import Interrupted
+from conjoin.pipeline.errors import GateError, Interrupted
+from conjoin.pipeline.night import read_night
 from conjoin.pipeline.plan import load_plan
 from conjoin.pipeline.runs import run_directory
 from conjoin.pipeline.stager import Stager
@@ -219,3 +220,38 @@ def test_a_canary_is_a_table_of_its_own(shop: Shop) -> None:
     assert shop.table("things__canary.lance")["id"].to_pylist() == sorted(f"r{n}" for n in range(12))
     assert shop.table().equals(before)
     assert shop.night().status == "unchanged"
+
+
+def test_a_rejected_night_leaves_readers_alone_and_can_be_forced(shop: Shop) -> None:
+    """Gates look beside the head; what they reject is tagged, and plain readers see the old rows."""
+    uri, before = str(shop.folder / "things.lance"), shop.table()
+    shop.write(c=None)
+    strict = shop.config(gates={"row_change": 0.01})
+    with pytest.raises(GateError, match="row change"):
+        run(strict, DATE)
+    assert shop.table().equals(before)
+    assert store.head(uri).to_table().sort_by("id").equals(before)
+    night = read_night(uri, "things-2026-01-01.2")
+    assert (night.status, "row change" in night.problem) == ("rejected", True)
+    assert "rejected-things-2026-01-01.2" in store.head(uri).tags.list()
+    assert publishing.find_rejected(uri, "things-2026-01-01.2").num_rows == 14
+    with pytest.raises(GateError, match="row change"):
+        run(strict, DATE)
+    shop.night()
+    shop.check()
+
+
+def test_an_index_gate_that_fails_gives_plain_readers_the_old_rows(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, before = str(shop.folder / "things.lance"), shop.table()
+    shop.write(c=None)
+
+    def fails(*args: object, **options: object) -> None:
+        raise GateError("recall", where=f"{uri} version {store.head(uri).version}")
+
+    monkeypatch.setattr("conjoin.jobs.nightly.check_indexed", fails)
+    with pytest.raises(GateError):
+        shop.night()
+    monkeypatch.undo()
+    assert shop.table().equals(before)
+    assert store.head(uri).to_table().sort_by("id").equals(before)
+    assert publishing.find_rejected(uri, "things-2026-01-01.2").num_rows == 14
