@@ -24,6 +24,7 @@ _NAMES = {
     "train": ("conjoin.jobs.tasks", "train"),
     "evaluate": ("conjoin.jobs.tasks", "evaluate"),
     "plan": ("conjoin.jobs.nightly", "plan"),
+    "calibrate": ("conjoin.jobs.tasks", "calibrate"),
     "run": ("conjoin.jobs.nightly", "run"),
 }
 __all__ = ["__version__", *_NAMES]

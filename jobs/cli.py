@@ -169,7 +169,10 @@ def evaluate(
         int, typer.Option(min=0, help="at most so many queries in each direction, drawn at random; 0: all")
     ] = 20_000,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="fit relevance() on the split and keep it beside the encoder")
+        bool,
+        typer.Option(
+            "--calibrate", help="fit relevance() on the rows, by default the validation split; kept beside the encoder"
+        ),
     ] = False,
     set_: Set = [],  # noqa: B006
     date: Date = None,
@@ -182,13 +185,14 @@ def evaluate(
     from conjoin.jobs.tasks import evaluate as task
     from conjoin.pipeline.evaluate import Classes
 
+    if calibrate and classify:
+        raise typer.BadParameter("--calibrate goes without --classify")
+
     classes = Classes(classify, tuple(template)) if classify else None
     with Screen() as screen:
         config = _read(file, set_, date)
-        if calibrate and (where or classes):
-            raise typer.BadParameter("--calibrate goes without --where and --classify")
         if calibrate:
-            found = fit(config, split or "validation", progress=screen.show)
+            found = fit(config, split, where, progress=screen.show)
         else:
             found = task(config, split, where, classify=classes, queries=queries, progress=screen.show)
     print(json.dumps(found.to_json(), indent=1) if as_json else evaluation(found))

@@ -71,17 +71,24 @@ def evaluate(
 
     classes = Classes(classify) if isinstance(classify, str) else classify
     measure = Measure(MAX_QUERIES if queries is None else queries, classes, config.cluster.address)
-    return _evaluate(config, split, where, measure, progress)
+    return _measured(config, split, where, measure, progress)
 
 
-def calibrate(config: RunFile, split: str = "validation", *, progress: ShowProgress = silent) -> Evaluation:
-    """`evaluate` of a split, which also fits SQL's relevance() and leaves it beside the encoder. Raises as it does."""
-    from conjoin.pipeline.evaluate import MAX_QUERIES, Measure
+def calibrate(
+    config: RunFile, split: str | None = None, where: str | None = None, *, progress: ShowProgress = silent
+) -> Evaluation:
+    """The same, and SQL's relevance() is fitted to what is found and left beside the encoder.
 
-    return _evaluate(config, split, None, Measure(MAX_QUERIES, None, config.cluster.address, calibrate=True), progress)
+    On the validation split, another one, or the published table's rows that `where` names: rows that no training saw.
+    Raises SourceError where they are too few.
+    """
+    from conjoin.pipeline.evaluate import Measure
+
+    split = split or (None if where else "validation")
+    return _measured(config, split, where, Measure(address=config.cluster.address, calibrate=True), progress)
 
 
-def _evaluate(
+def _measured(
     config: RunFile, split: str | None, where: str | None, measure: Measure, progress: ShowProgress
 ) -> Evaluation:
     from conjoin.pipeline.catalog import Catalog

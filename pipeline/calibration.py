@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conjoin.pipeline import metrics, storage
-from conjoin.pipeline.errors import EncoderError
+from conjoin.pipeline.errors import EncoderError, SourceError
 from conjoin.pipeline.metrics import Floats
 from conjoin.pipeline.ranking import Side
 
@@ -155,8 +155,24 @@ def _logistic(values_N: Floats) -> Floats:
     return 0.5 * (1 + np.tanh(values_N / 2))  # never overflows
 
 
+def keep(encoder: str, sets: Mapping[str, Side], rows: str) -> dict[str, Curve]:
+    """Calibrate on held-out vectors and leave the curves beside the encoder; rows: which they are, in words.
+
+    Raises SourceError where no pair of modalities can be calibrated.
+    """
+    from conjoin.pipeline.embedder import read_spec
+
+    curves = calibrate(sets)
+    if not curves:
+        few = f"fewer than {FEWEST_PAIRS} matching pairs, or no more alike than random ones"
+        advice = "Raise source.split in the run file, or name held-out rows with --where"
+        raise SourceError(f"nothing to calibrate on: {few}", where=rows, next=advice)
+    write(encoder, read_spec(encoder)[1], curves, rows)
+    return curves
+
+
 def write(encoder: str, fingerprint: str, curves: Mapping[str, Curve], rows: str) -> None:
-    """Beside the encoder's spec, local or s3://; rows: which held-out rows they come from, in words."""
+    """Beside the encoder's spec, local or s3://."""
     pairs = {name: asdict(curve) for name, curve in sorted(curves.items())}
     storage.write_json(storage.join(encoder, FILE), {"fingerprint": fingerprint, "rows": rows, "pairs": pairs})
 

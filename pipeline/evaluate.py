@@ -120,7 +120,7 @@ class Measure:
     """How to measure. queries: at most so many in each direction, drawn at random with a fixed seed; 0: all.
 
     classes: zero-shot classification too. address: of the Ray cluster that works; default: this machine.
-    calibrate: fit relevance() on a split and leave it beside the encoder.
+    calibrate: fit relevance() on these rows and leave it beside the encoder.
     """
 
     queries: int = MAX_QUERIES
@@ -236,7 +236,8 @@ def evaluate_table(
     groups = _groups(rows, group if group in names else None)
     sets = {column.modality: _vectors(rows, column.modality, groups) for column in columns.values()}
     zero_shot = _classify_rows(rows, _loader(columns), classes, classes.column) if classes else None
-    return Evaluation(where or "all rows", compare(sets, measure, progress), zero_shot)
+    curves = _calibrate(next(iter(columns.values())), sets, where) if measure.calibrate else {}
+    return Evaluation(where or "all rows", compare(sets, measure, progress), zero_shot, curves)
 
 
 def _loader(columns: Mapping[str, VectorColumn]) -> Embedder:
@@ -331,17 +332,20 @@ def evaluate_split(
     modalities = [name for name in source.modalities if f"{name}_vec" in rows.column_names]
     sets = {name: _vectors(rows, name, _codes(rows["group"])) for name in modalities}
     zero_shot = _classify_rows(rows, load(catalog.encoder), classes, "label") if classes else None
-    curves = _calibrate(catalog.encoder, sets, f"{split} split of {source.path}") if measure.calibrate else {}
+    curves = (
+        calibration.keep(catalog.encoder, _sides(sets), f"{split} split of {source.path}") if measure.calibrate else {}
+    )
     return Evaluation(f"{split} split", compare(sets, measure, progress), zero_shot, curves)
 
 
-def _calibrate(encoder: str, sets: Mapping[str, Vectors], rows: str) -> dict[str, Curve]:
-    """Beside the encoder from now on. Raises SourceError where no pair of modalities can be calibrated."""
+def _calibrate(column: VectorColumn, sets: Mapping[str, Vectors], where: str | None) -> dict[str, Curve]:
+    """Of a table's rows, which somebody says were held out. Raises TableError if the folder holds another encoder."""
     from conjoin.pipeline.embedder import read_spec
 
-    curves = calibration.calibrate({name: Side(side.vectors_ND, side.groups_N) for name, side in sets.items()})
-    if not curves:
-        few = f"fewer than {calibration.FEWEST_PAIRS} matching pairs, or no more alike than random ones"
-        raise SourceError(f"nothing to calibrate on: {few}", where=rows, next="Raise source.split in the run file")
-    calibration.write(encoder, read_spec(encoder)[1], curves, rows)
-    return curves
+    if read_spec(column.encoder)[1] != column.fingerprint:
+        raise TableError("the encoder's folder holds another encoder than the table's", where=column.encoder)
+    return calibration.keep(column.encoder, _sides(sets), f"the table's rows where {where or 'true'}")
+
+
+def _sides(sets: Mapping[str, Vectors]) -> dict[str, Side]:
+    return {name: Side(found.vectors_ND, found.groups_N) for name, found in sets.items()}

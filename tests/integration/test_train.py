@@ -18,7 +18,7 @@ import pytest
 
 from conjoin.pipeline.errors import TrainError
 from conjoin.pipeline.recipe import TrainConfig
-from conjoin.pipeline.source import SourceConfig
+from conjoin.pipeline.source import SourceConfig, Split
 from conjoin.pipeline.train import TrainReport, train
 
 COLOURS = ("red", "green", "blue", "black", "orange", "purple")
@@ -95,6 +95,18 @@ def test_a_frozen_backbone_stays_as_it_was(trained: tuple[Path, TrainReport]) ->
     assert not after.tower("image").head.weight.equal(before.tower("image").head.weight)
     assert not next(after.tower("text").backbone.parameters()).equal(next(before.tower("text").backbone.parameters()))
     assert trained[1].metrics["text_image_hit10"] > 0
+
+
+def test_the_best_encoder_is_calibrated_on_its_validation_rows(ray_session: None, shapes: Path, tmp_path: Path) -> None:
+    from conjoin.pipeline import calibration
+
+    held_out = source(shapes).model_copy(update={"split": Split(validation=0.5, test=0)})
+    report = train("shapes", held_out, recipe(tmp_path, workers=2, parallel="fsdp", epochs=8, lr=1e-2, ema=0.9))
+    curve = calibration.read(report.encoder, report.fingerprint)["image_text"]
+    assert 90 < curve.num_pairs < 150
+    assert curve.slope > 0
+    assert curve.error < 0.2
+    assert not (Path(report.folder) / "last" / "calibration.json").exists()
 
 
 def test_a_finished_run_is_returned(trained: tuple[Path, TrainReport], shapes: Path) -> None:

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import lance
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from conjoin.pipeline import evaluate
-from conjoin.pipeline.errors import ConfigError, TableError
+from conjoin.jobs import render
+from conjoin.pipeline import calibration, evaluate
+from conjoin.pipeline.embedder import read_spec
+from conjoin.pipeline.errors import ConfigError, SourceError, TableError
 from conjoin.pipeline.evaluate import Classes, Measure, Vectors, compare
 
 
@@ -104,3 +110,26 @@ def test_a_table_is_evaluated_where_a_condition_holds(table: str) -> None:
 def test_conditions_that_find_nothing_are_errors(table: str, where: str, message: str) -> None:
     with pytest.raises(TableError, match=message):
         evaluate.evaluate_table(table, where)
+
+
+def test_rows_held_out_by_a_condition_calibrate_the_encoder(
+    make_table: Callable[..., Any], tiny_encoder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_encoder, tmp_path / "encoder")
+    fingerprint = read_spec(folder)[1]
+    uri = make_table(200, dim=8, fingerprint=fingerprint, encoder=str(folder)).uri
+    measure = evaluate.Measure(calibrate=True)
+    with pytest.raises(SourceError, match=r"fewer than 50 matching pairs.*--where"):
+        evaluate.evaluate_table(uri, "stock < 40", measure=measure)
+    rows = lance.dataset(uri).to_table()
+    same = rows["image_vec"].combine_chunks()
+    alike = rows.set_column(rows.schema.get_field_index("text_vec"), rows.schema.field("text_vec"), same)
+    dataset = lance.write_dataset(alike, uri, mode="overwrite")
+    dataset.tags.update("live", dataset.version)
+    found = evaluate.evaluate_table(uri, "stock < 150", measure=measure)
+    assert found.calibration == calibration.read(str(folder), fingerprint)
+    assert found.calibration["image_text"].num_pairs == 150
+    assert "relevance of image_text: even odds at a similarity of" in render.evaluation(found)
+    other = make_table(200, dim=8, uri=f"{tmp_path}/o.lance", fingerprint="a" * 32, encoder=str(folder)).uri
+    with pytest.raises(TableError, match="holds another encoder"):
+        evaluate.evaluate_table(other, measure=measure)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from conjoin.pipeline import calibration, full_text
+from conjoin.pipeline.calibration import Curve
 from conjoin.pipeline.embedder import load
 from conjoin.pipeline.errors import QueryError
 from conjoin.pipeline.query import Table, open_table
@@ -66,8 +69,13 @@ def catalog(tmp_path_factory: pytest.TempPathFactory, small_encoder: Path) -> It
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         uri = str(folder / "products.lance")
+        encoder = shutil.copytree(small_encoder, folder / "encoder")
+        curves = {"image_text": Curve(slope=12.0, bias=-2.0, num_pairs=1000, error=0.01)}
+        calibration.write(str(encoder), load(encoder).fingerprint, curves, "held-out rows")
         for seed, tag in ((1, "previous"), (0, "live")):
-            dataset = lance.write_dataset(products(small_encoder, seed), uri, mode="overwrite")
+            lance.write_dataset(products(encoder, seed), uri, mode="overwrite")
+            full_text.index_texts(uri, ["title"])
+            dataset = lance.dataset(uri)
             dataset.tags.create(tag, dataset.version)
         Image.new("RGB", (20, 20), (200, 30, 30)).save("red.png")
         write_wav(folder / "clip.wav")
