@@ -24,6 +24,7 @@ from conjoin.pipeline.recipe import TrainConfig
 from conjoin.pipeline.section import Section
 from conjoin.pipeline.source import SourceConfig
 from conjoin.pipeline.store import TableConfig
+from conjoin.pipeline.upkeep import Upkeep
 
 _NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -58,6 +59,7 @@ class RunFile(Section):
     embed: EmbedConfig = EmbedConfig()
     limits: Limits = Limits()
     gates: Gates = Gates()
+    upkeep: Upkeep = Field(default_factory=Upkeep, description="compaction, and how long things stay")
     publish: PublishConfig = PublishConfig()
     train: TrainConfig = TrainConfig()
     cluster: ClusterConfig = ClusterConfig()

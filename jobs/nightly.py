@@ -20,6 +20,7 @@ import pyarrow as pa
 from conjoin.jobs.stopping import stoppable
 from conjoin.pipeline import edits, landing, night_page, runs, storage, store
 from conjoin.pipeline.catalog import Catalog
+from conjoin.pipeline.compaction import compact
 from conjoin.pipeline.draft import base_of, drafting, freeze
 from conjoin.pipeline.embed import Attempt, embed
 from conjoin.pipeline.errors import ConfigError, GateError, Interrupted
@@ -175,6 +176,7 @@ def _night(tonight: _Tonight) -> Night:
                     tonight.gates = step("gates", lambda: _judge(tonight, candidate))
                 step("commit", lambda: store.commit(uri, work))
             step("columns", lambda: _swap(tonight))
+            step("compact", lambda: compact(uri, tonight.config.upkeep))
             tonight.indexes = step("index", lambda: _index(tonight))
             tonight.gates = step("gates on the head", lambda: _judge_head(tonight))
             version = int(store.open_version(uri, None).version)

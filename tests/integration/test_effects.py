@@ -127,7 +127,7 @@ def test_a_kill_at_every_effect(
     change: Callable[[Shop], None], tmp_path: Path, small_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shop = open_shop(tmp_path, small_encoder, monkeypatch)
-    shop.more = {"embed": {"unit_rows": 8, "max_bad_fraction": 1.0}}
+    shop.more = {"embed": {"unit_rows": 8, "max_bad_fraction": 1.0}, "upkeep": {"small_fragments": 2}}
     run(shop.config(), DATE)
     before, uri = shop.table(), str(tmp_path / "things.lance")
     change(shop)
