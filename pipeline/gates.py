@@ -265,8 +265,8 @@ def _head_gates(subject: Subject) -> list[GateResult]:
     return [*results, GateResult("commits", not foreign, detail, advice)]
 
 
-# What conjoin itself does between two nights without a run id: index, compact, rename and drop columns, restore.
-_UPKEEP = {"CreateIndex", "Rewrite", "Project", "Merge", "UpdateConfig", "ReserveFragments", "UpdateMemWalState"}
+# Operations that change rows. conjoin's own bear a run id; without one it indexes, compacts, adds and drops columns.
+_CHANGE_ROWS = {"Append", "Overwrite", "Update", "Delete", "DataReplacement", "DataOverlay", "Clone"}
 
 
 def _foreign(subject: Subject) -> list[str]:
@@ -280,7 +280,7 @@ def _foreign(subject: Subject) -> list[str]:
         if store.RUN_ID in facts:
             if kind == "Overwrite":
                 break  # nothing below it is left
-        elif kind not in _UPKEEP:
+        elif kind in _CHANGE_ROWS:
             found.append(f"version {version}, {kind}")
     return found
 
