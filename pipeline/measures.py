@@ -152,7 +152,7 @@ def _updated(measure: Measure, column: store.VectorColumn, change: Difference) -
 
 def _whole(dataset: lance.LanceDataset, column: store.VectorColumn) -> Measure:
     """One pass over the column."""
-    nothing = np.zeros(column.dim, np.float64)
+    nothing = np.zeros(dataset.schema.field(column.name).type.list_size, np.float64)
     answers, num_rows = _questions(dataset, column), dataset.count_rows()
     found = Measure(column.modality, column.fingerprint, 0, nothing, num_rows, answers, Arrivals())
     for rows in _batches(dataset, column):
@@ -180,9 +180,10 @@ def _questions(dataset: lance.LanceDataset, column: store.VectorColumn) -> Answe
     count = dataset.count_rows()
     rows = np.sort(rng.choice(count, min(4 * QUERIES, count), replace=False))
     askers: list[str] = []
-    parts = [np.zeros((0, column.dim), np.float32)]
+    kind = dataset.schema.field(column.name).type
+    parts = [np.zeros((0, kind.list_size), np.float32)]
     for other in store.vector_columns(dataset).values():
-        if other.fingerprint != column.fingerprint:
+        if other.fingerprint != column.fingerprint or dataset.schema.field(other.name).type != kind:
             continue
         queries_QD = _queries(dataset, other, rows)
         if other.name == column.name:

@@ -20,7 +20,7 @@ _IDS_AT_ONCE = 1000
 _SEED = 20_240_602
 
 
-def positions(num_rows: int, most: int = SAMPLE) -> np.ndarray:
+def positions(num_rows: int, most: int) -> np.ndarray:
     """All of at most `most` rows; else runs of neighbours at places that depend on the number of rows alone."""
     if num_rows <= most:
         return np.arange(num_rows)
@@ -28,9 +28,9 @@ def positions(num_rows: int, most: int = SAMPLE) -> np.ndarray:
     return (np.sort(starts)[:, None] + np.arange(_RUN)).ravel()
 
 
-def rows(dataset: lance.LanceDataset, columns: Sequence[str], most: int = SAMPLE) -> pa.Table:
-    """The fixed sample of a version."""
-    return dataset.take(positions(dataset.count_rows(), most), columns=list(columns))
+def rows(dataset: lance.LanceDataset, columns: Sequence[str], most: int | None = None) -> pa.Table:
+    """The fixed sample of a version; most: SAMPLE rows, unless told."""
+    return dataset.take(positions(dataset.count_rows(), most or SAMPLE), columns=list(columns))
 
 
 def can_look_up(dataset: lance.LanceDataset) -> bool:
