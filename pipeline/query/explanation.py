@@ -117,7 +117,8 @@ class Explanation:
 
 
 def _lines(step: Step) -> list[str]:
-    version = f" version {step.version}" if step.version is not None else ""
+    if step.version is None:
+        return [f"{step.table}: {step.why}, {len(step.columns)} columns"]
     how = f", {step.candidates:,} candidates" if step.candidates else ""
     how += f" from {step.probes} of {step.partitions} partitions" if step.probes else ""
     facts = [f"columns {', '.join(step.columns)}"]
@@ -130,7 +131,7 @@ def _lines(step: Step) -> list[str]:
     facts += [f"filter in Lance: {step.pushed}"] if step.pushed else []
     facts += [f"filter in Lance while it runs: {keys}" for keys in step.keys]
     facts += [f"filter in DuckDB: {' AND '.join(step.residual)}"] if step.residual else []
-    return [f"{step.table}{version}: {step.way}{how} ({step.why})", *[f"  {fact}" for fact in (*facts, *step.text)]]
+    return [f"{step.table} version {step.version}: {step.way}{how} ({step.why})", *[f"  {fact}" for fact in (*facts, *step.text)]]
 
 
 def explain_read(read: Read, settings: Mapping[str, Setting], text: Sequence[str] = (), *, exact: bool) -> Step:

@@ -229,7 +229,7 @@ def _guard_table(node: exp.Table) -> None:
     at_version = alias is not None and isinstance(alias.this, exp.Placeholder)  # emoji@v3
     if node.args.get("when") or at_version:
         raise QueryError(
-            "versions are not named this way",
+            "versions cannot be named this way",
             where=node.name if at_version else node.sql(DIALECT),
             next=f"Write FROM {node.name} FOR VERSION AS OF 3, or 'previous', before the alias",
         )

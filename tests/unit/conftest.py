@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,12 @@ class Things:
     def exactly(self, sql: str, query: np.ndarray) -> pa.Table:
         """What DuckDB says of all rows; DIST stands for the distance of image_vec to the query."""
         exact = f"array_cosine_distance(image_vec, {[float(x) for x in query]}::FLOAT[32])"
-        return self.duckdb.sql(sql.replace("DIST", exact)).to_arrow_table()
+        return self.duckdb.sql(re.sub(r"\bDIST\b", exact, sql)).to_arrow_table()
+
+    def radius(self, query: np.ndarray, rank: int = 200) -> float:
+        """Halfway between the distances of two neighbours in rank."""
+        near = self.exactly(f"SELECT DIST AS d FROM things ORDER BY d LIMIT {rank + 1}", query)["d"].to_numpy()
+        return float(near[-2] + near[-1]) / 2
 
     def answered(self, sql: str, query: np.ndarray, **options: Any) -> pa.Table:
         return self.table.sql(self.ours(sql), {"v": query}, **options).to_arrow()
@@ -176,7 +182,7 @@ class Things:
 
     @staticmethod
     def ours(sql: str) -> str:
-        return sql.replace("DIST", "distance(image_vec, $v)")
+        return re.sub(r"\bDIST\b", "distance(image_vec, $v)", sql)
 
 
 @pytest.fixture(scope="session")

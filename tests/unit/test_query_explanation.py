@@ -39,7 +39,7 @@ def test_explain_says_everything(things: Any) -> None:
     assert step.why == "only DuckDB can evaluate upper(id) <> 'X'; grown until LIMIT is met"
     assert (step.pushed, step.residual) == ("(`price` < 90.0)", ("upper(id) <> 'X'",))
     assert (step.index, step.unindexed_rows, step.fingerprint) == ("image_vec_idx", 0, "0123456789abcdef" * 2)
-    assert step.rows == things.duckdb.sql("SELECT count(*) FROM things WHERE price < 90").fetchone()[0]
+    assert step.rows == things.duckdb.sql("SELECT count(*) FROM things WHERE price < 90").fetchall()[0][0]
     assert step.version == things.table.version
     assert step.candidates is not None
     assert 0 < step.probes <= step.partitions
@@ -90,7 +90,7 @@ def test_only_queries_are_explained(things: Any, sql: str) -> None:
 
 
 def test_places_of_errors_are_those_of_the_statement(things: Any) -> None:
-    with pytest.raises(QueryError, match="line 2, column 8"):
+    with pytest.raises(QueryError, match="line 2, column 14"):
         things.table.sql("EXPLAIN\nSELECT * FRM things WHERE")
 
 

@@ -129,7 +129,7 @@ def test_operators_of_other_engines_are_errors(sql: str, message: str) -> None:
         ("SELECT 1; SELECT 2", r"one statement at a time \[line 1, column 11\]"),
         ("SELECT 1; DROP TABLE t", "one statement at a time"),
         ("SELECT /*+ exact */ id FROM t", "hint comments"),
-        ("SELECT id FROM t@v3", r"not named this way \[t\]. Write FROM t FOR VERSION AS OF"),
+        ("SELECT id FROM t@v3", r"cannot be named this way \[t\]. Write FROM t FOR VERSION AS OF"),
         ("SELECT " + "(" * 3000 + "1" + ")" * 3000, "nested too deeply"),
     ],
     ids=["empty", "comment", "start", "place", "string", "two", "drop", "hint", "at-version", "deep"],

@@ -76,7 +76,6 @@ def test_nearest_rows_first_with_a_limit_is_a_search(
         (f"SELECT id, unnest([1, 2]) FROM things ORDER BY {D} LIMIT 5", "needs every row"),
         (f"SELECT things.id FROM things LEFT JOIN deals USING (id) ORDER BY {D} LIMIT 5", "joined"),
         (f"SELECT things.id FROM things, deals ORDER BY {D} LIMIT 5", "joined"),
-        (f"SELECT id FROM things WHERE id IN (SELECT id FROM deals) ORDER BY {D} LIMIT 5", "subquery"),
         (f"SELECT id FROM things USING SAMPLE 5 ORDER BY {D} LIMIT 5", "sample"),
         (f"SELECT id FROM things QUALIFY row_number() OVER (ORDER BY id) < 3 ORDER BY {D} LIMIT 5", "QUALIFY"),
     ],

@@ -12,7 +12,7 @@ import sqlglot
 from sqlglot import exp
 
 from conjoin.pipeline.errors import QueryError
-from conjoin.pipeline.query import open_table
+from conjoin.pipeline.query import open_table, search
 from conjoin.pipeline.query.parse import parse
 
 TOP = "SELECT id, DIST AS d FROM things WHERE {} ORDER BY d LIMIT 10"
@@ -49,7 +49,7 @@ def test_few_partitions_hold_fewer_rows_than_a_large_limit(things: Any) -> None:
 
 def test_a_filter_that_lance_does_not_know_is_left_to_duckdb(things: Any) -> None:
     condition = "CASE WHEN price < 50 THEN stock < 5000 ELSE false END"
-    with pytest.raises((OSError, ValueError)):
+    with pytest.raises((OSError, ValueError, RuntimeError)):
         naive(things, things.query(), filter="price < ?", prefilter=True)
     query = things.query()
     got = things.answered(TOP.format(condition), query)["d"].to_numpy()
@@ -58,7 +58,10 @@ def test_a_filter_that_lance_does_not_know_is_left_to_duckdb(things: Any) -> Non
     assert (got <= expected[-1] + 1e-6).mean() >= 0.9
 
 
-def test_rows_after_the_index_are_skipped_by_a_fast_search(make_table: Callable[..., Any]) -> None:
+def test_rows_after_the_index_are_skipped_by_a_fast_search(
+    make_table: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "_SCAN_FLOATS", 0)
     made = make_table(3000, 32, columns=("image_vec",))
     dataset = lance.dataset(made.uri)
     dataset.create_index("image_vec", "IVF_SQ", metric="cosine", num_partitions=8)
@@ -120,7 +123,7 @@ def test_parsers_traps() -> None:
 
 
 def test_names_that_need_quoting_are_pushed_and_grown(things: Any) -> None:
-    for where in ('"Odd Name" = 3', '"odd name" + 0 = 3'):
+    for where in ('"Odd Name" <> 3', '"odd name" + 0 <> 3'):
         query = things.query()
         sql = f'SELECT "Odd Name" AS "a ""b""", DIST AS d FROM things AS "x y" WHERE {where} ORDER BY d LIMIT 10'
         got, expected = things.answered(sql, query), things.exactly(sql, query)
@@ -149,8 +152,6 @@ def test_an_empty_table_and_a_table_without_an_index(make_table: Callable[..., A
 def test_rows_without_vectors_come_last_after_growth_too(
     make_table: Callable[..., Any], where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from conjoin.pipeline.query import search
-
     monkeypatch.setattr(search, "_SCAN_FLOATS", 0)
     made = make_table(4000, dim=4, nulls=3000, columns=("image_vec",))
     sql = f"SELECT id, distance(image_vec, [1, 0, 0, 0]) AS d FROM things WHERE {where} ORDER BY d LIMIT 1500"
