@@ -385,7 +385,8 @@ def lateral(draw: Draw) -> Case:
 
 def pairs(draw: Draw) -> Case:
     column, limit = draw.column(), round(float(draw.of(0.0001, 0.02, 0.05)) + 1.5e-6, 7)
-    few = draw.of("a.stock < 150", "a.brand = 'tiny'", "a.id IN (SELECT id FROM picks WHERE weight < 0.3)")
+    ids = ", ".join(f"'{draw.id()}'" for _ in range(60))
+    few = draw.of("a.stock < 150", "a.brand = 'tiny'", f"a.id IN ({ids})")
     sql = (
         f"SELECT a.id || '/' || b.id AS id, distance(a.{column}, b.{column}) AS d FROM things a "
         f"JOIN things b ON distance(a.{column}, b.{column}) < {limit} AND a.id < b.id WHERE {few}"
