@@ -134,63 +134,60 @@ class Draw:
         number, rows = self.number(0, 100), self.world.live.num_rows
         share = int(rows * float(self.of(0.5, 0.3, 0.05, 0.05, 0.005, 0.0005)))
         day = f"2024-{self.number(1, 13):02d}-{self.number(1, 29):02d}"
-        choices = (
-            [f"{t}stock < {share}"] * 5
-            + [
-                f"{t}stock >= {share}",
-                f"{t}price < {number}",
-                f"{t}price <= {number}.5",
-                f"{number} < {t}price",
-                f"{t}price BETWEEN {number} AND {number + 30}",
-                f"{t}price = -0.0",
-                f"isnan({t}price)",
-                f"{t}price IS NULL",
-                f"{t}rating >= 2.5",
-                f"{t}rating != 3",
-                f"{t}rating < 0.1",
-                f"{t}small > {number}",
-                f"{t}small NOT IN (1, 2, {number})",
-                f"{t}small = -1",
-                f'{t}"Odd Name" = {number % 7 - 3}',
-                f'{t}"Odd Name" IS NOT NULL',
-                f'{t}"select" IN (0, 3)',
-                f"{t}\"\u00e9tat\" = 'neuf'",
-                f"{t}brand = 'acme'",
-                f"{t}brand = 'O''Neil; co'",
-                f"{t}brand = 'tiny'",
-                f"{t}brand <> ''",
-                f"{t}brand LIKE '%x\\%y%'",
-                f"{t}brand LIKE 'Gr%'",
-                f"{t}brand NOT LIKE 'a%'",
-                f"{t}brand ILIKE 'ACME'",
-                f"{t}brand IS NULL",
-                f"{t}brand IN ('acme', 'bolt', NULL)",
-                f"{t}brand IS DISTINCT FROM 'bolt'",
-                f"lower({t}brand) = 'acme'",
-                f"{t}title LIKE '%it''s%'",
-                f"{t}title LIKE '%red_blue%'",
-                f"{t}title > 'm'",
-                f"length({t}title) < 12",
-                f"{t}available",
-                f"NOT {t}available",
-                f"{t}available IS NOT TRUE",
-                f"{t}day >= DATE '{day}'",
-                f"{t}day = '{day}'",
-                f"{t}seen_at < TIMESTAMP '{day} 12:00:00'",
-                f"{t}seen_at < DATE '{day}'",
-                f"month({t}day) = 5",
-                f"{t}stock % 7 = 2",
-                f"{t}price > {t}small",
-                f"coalesce({t}price, 0) < {number}",
-                f"CASE WHEN {t}available THEN {t}price < 40 ELSE {t}price > 40 END",
-                f"{t}id IN ({ids})",
-                f"{t}id > '{self.id()}'",
-                f"{t}image_vec IS NOT NULL",
-                f"{t}text_vec IS NULL",
-                f"({t}price < {number} OR {t}stock < {share})",
-                "1 = 1",
-            ]
-        )
+        choices = [f"{t}stock < {share}"] * 5 + [
+            f"{t}stock >= {share}",
+            f"{t}price < {number}",
+            f"{t}price <= {number}.5",
+            f"{number} < {t}price",
+            f"{t}price BETWEEN {number} AND {number + 30}",
+            f"{t}price = -0.0",
+            f"isnan({t}price)",
+            f"{t}price IS NULL",
+            f"{t}rating >= 2.5",
+            f"{t}rating != 3",
+            f"{t}rating < 0.1",
+            f"{t}small > {number}",
+            f"{t}small NOT IN (1, 2, {number})",
+            f"{t}small = -1",
+            f'{t}"Odd Name" = {number % 7 - 3}',
+            f'{t}"Odd Name" IS NOT NULL',
+            f'{t}"select" IN (0, 3)',
+            f"{t}\"\u00e9tat\" = 'neuf'",
+            f"{t}brand = 'acme'",
+            f"{t}brand = 'O''Neil; co'",
+            f"{t}brand = 'tiny'",
+            f"{t}brand <> ''",
+            f"{t}brand LIKE '%x\\%y%'",
+            f"{t}brand LIKE 'Gr%'",
+            f"{t}brand NOT LIKE 'a%'",
+            f"{t}brand ILIKE 'ACME'",
+            f"{t}brand IS NULL",
+            f"{t}brand IN ('acme', 'bolt', NULL)",
+            f"{t}brand IS DISTINCT FROM 'bolt'",
+            f"lower({t}brand) = 'acme'",
+            f"{t}title LIKE '%it''s%'",
+            f"{t}title LIKE '%red_blue%'",
+            f"{t}title > 'm'",
+            f"length({t}title) < 12",
+            f"{t}available",
+            f"NOT {t}available",
+            f"{t}available IS NOT TRUE",
+            f"{t}day >= DATE '{day}'",
+            f"{t}day = '{day}'",
+            f"{t}seen_at < TIMESTAMP '{day} 12:00:00'",
+            f"{t}seen_at < DATE '{day}'",
+            f"month({t}day) = 5",
+            f"{t}stock % 7 = 2",
+            f"{t}price > {t}small",
+            f"coalesce({t}price, 0) < {number}",
+            f"CASE WHEN {t}available THEN {t}price < 40 ELSE {t}price > 40 END",
+            f"{t}id IN ({ids})",
+            f"{t}id > '{self.id()}'",
+            f"{t}image_vec IS NOT NULL",
+            f"{t}text_vec IS NULL",
+            f"({t}price < {number} OR {t}stock < {share})",
+            "1 = 1",
+        ]
         return str(self.of(*choices))
 
 
@@ -235,7 +232,9 @@ def within(draw: Draw) -> Case:
 
 
 def plain(draw: Draw) -> Case:
-    sql = f"SELECT {_outputs(draw)}, stock + 1 AS more FROM things{draw.where()} ORDER BY id LIMIT {draw.number(1, 200)}"
+    sql = (
+        f"SELECT {_outputs(draw)}, stock + 1 AS more FROM things{draw.where()} ORDER BY id LIMIT {draw.number(1, 200)}"
+    )
     return _case(draw, sql, "rows", ordered=True)
 
 
@@ -327,8 +326,12 @@ def _and(draw: Draw) -> str:
 
 def cte(draw: Draw) -> Case:
     first, second, limit = draw.vector("image_vec", "v"), draw.vector("text_vec", "w"), int(draw.of(5, 10, 50))
-    pictures = f"SELECT id, brand, distance(image_vec, {first}) AS d FROM things{draw.where()} ORDER BY d, id LIMIT {limit}"
-    texts = f"SELECT id, brand, distance(text_vec, {second}) AS d FROM things{draw.where()} ORDER BY d, id LIMIT {limit}"
+    pictures = (
+        f"SELECT id, brand, distance(image_vec, {first}) AS d FROM things{draw.where()} ORDER BY d, id LIMIT {limit}"
+    )
+    texts = (
+        f"SELECT id, brand, distance(text_vec, {second}) AS d FROM things{draw.where()} ORDER BY d, id LIMIT {limit}"
+    )
     word = draw.of("UNION ALL", "UNION ALL", "UNION", "INTERSECT", "EXCEPT")
     choices = (
         f"WITH a AS ({pictures}), b AS ({texts}) SELECT id FROM a {word} SELECT id FROM b",

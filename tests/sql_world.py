@@ -149,5 +149,7 @@ def _frames(live: pa.Table) -> dict[str, pa.Table]:
         "brands": pa.table(
             {"brand": [*known, "nobody"], "country": ["de", "fr", "de", "us", "fr", "it", "us"][: len(known) + 1]}
         ),
-        "asked": pa.table({"q": pa.array(range(40), pa.int32()), "topic": [f"t{i % 7}" for i in range(40)], "v": vectors}),
+        "asked": pa.table(
+            {"q": pa.array(range(40), pa.int32()), "topic": [f"t{i % 7}" for i in range(40)], "v": vectors}
+        ),
     }

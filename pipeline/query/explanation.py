@@ -131,7 +131,10 @@ def _lines(step: Step) -> list[str]:
     facts += [f"filter in Lance: {step.pushed}"] if step.pushed else []
     facts += [f"filter in Lance while it runs: {keys}" for keys in step.keys]
     facts += [f"filter in DuckDB: {' AND '.join(step.residual)}"] if step.residual else []
-    return [f"{step.table} version {step.version}: {step.way}{how} ({step.why})", *[f"  {fact}" for fact in (*facts, *step.text)]]
+    return [
+        f"{step.table} version {step.version}: {step.way}{how} ({step.why})",
+        *[f"  {fact}" for fact in (*facts, *step.text)],
+    ]
 
 
 def explain_read(read: Read, settings: Mapping[str, Setting], text: Sequence[str] = (), *, exact: bool) -> Step:

@@ -209,7 +209,10 @@ def _different_rows(found: pa.Table, wanted: pa.Table, *, ordered: bool) -> str:
 def _sort_key(row: tuple[object, ...], floats: list[bool]) -> tuple[str, ...]:
     """What is no float decides; floats only where the rest is equal."""
     exact = [repr(value) for value, is_float in zip(row, floats, strict=True) if not is_float]
-    return (*exact, *[f"{value:.4f}" for value, is_float in zip(row, floats, strict=True) if is_float and value is not None])
+    return (
+        *exact,
+        *[f"{value:.4f}" for value, is_float in zip(row, floats, strict=True) if is_float and value is not None],
+    )
 
 
 def _same(value: object, other: object) -> bool:
