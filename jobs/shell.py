@@ -18,7 +18,6 @@ from conjoin.jobs.queries import pointed
 from conjoin.jobs.render import Style, readable, write_rows
 from conjoin.pipeline.errors import ConjoinError, QueryError
 from conjoin.pipeline.query.parse import statements
-from conjoin.pipeline.query.relations import nearest_name
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -122,7 +121,7 @@ class Shell:
         elif name == "\\?":
             print("\n".join(f"{command:<9} {help_}" for command, help_ in _COMMANDS.items()), file=sys.stderr)
         else:
-            raise QueryError(f"the shell has no {name}{nearest_name(name, _COMMANDS)}", next="\\? lists its commands")
+            raise QueryError(f"the shell has no {name}", next="\\? lists its commands")
 
 
 def history_file() -> Path | None:

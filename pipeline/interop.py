@@ -36,7 +36,6 @@ class ConjoinFunction(EmbeddingFunction):
     fingerprint: str
     modality: str
     dim: int
-    max_retries: int = 0  # what goes wrong here does not pass by waiting
 
     def ndims(self) -> int:
         return self.dim
@@ -52,6 +51,13 @@ class ConjoinFunction(EmbeddingFunction):
             reason = found.bad[0].reason if found.bad else "nothing to embed"
             raise QueryError(f"the query cannot be embedded as {modality}: {reason}")
         return [found.vectors[0]]
+
+    def compute_query_embeddings_with_retry(self, *args: object, **kwargs: object) -> list[np.ndarray]:
+        """Once: what goes wrong here does not pass by waiting, and lancedb would hide it in an exception of its own."""
+        return self.compute_query_embeddings(*args, **kwargs)
+
+    def compute_source_embeddings_with_retry(self, *args: object, **kwargs: object) -> list[np.ndarray]:
+        return self.compute_source_embeddings(*args, **kwargs)
 
     def compute_source_embeddings(self, *_: object, **__: object) -> list[np.ndarray]:
         raise TableError(

@@ -261,7 +261,7 @@ def join(draw: Draw) -> Case:
         return _case(draw, sql, "nearest", **draw.limit(), ordered=True)
     source = draw.of("things t JOIN picks p USING (id)", "picks p JOIN things t ON p.id = t.id AND p.weight < 0.7")
     if draw.chance(0.2):
-        sql = f"SELECT p.pick, t.id, {measure} AS d FROM picks p LEFT JOIN things t ON t.id = p.id AND {draw.condition('t.')}"
+        sql = f"SELECT p.pick, t.id, {measure} AS d FROM picks p LEFT JOIN things t ON t.id = p.id AND {draw.condition('t.')}"  # noqa: E501
         return _case(draw, sql, "rows")
     sql = f"SELECT t.id || '/' || p.pick AS key, {measure} AS d FROM {source}{draw.where('t.')} ORDER BY d, p.pick"
     return _case(draw, sql, "nearest", **draw.limit(), ordered=True, key="key")
@@ -286,7 +286,7 @@ def qualify(draw: Draw) -> Case:
     measure, group = f"distance({column}, {draw.vector(column)})", draw.of("brand", '"Odd Name"', "available")
     sql = (
         f"SELECT id, {group}, {measure} AS d FROM things{draw.where()} "
-        f"QUALIFY row_number() OVER (PARTITION BY {group} ORDER BY {measure}, id) <= {most} ORDER BY d, id LIMIT {limit}"
+        f"QUALIFY row_number() OVER (PARTITION BY {group} ORDER BY {measure}, id) <= {most} ORDER BY d, id LIMIT {limit}"  # noqa: E501
     )
     return _case(draw, sql, "ids", ordered=True)
 
@@ -338,7 +338,7 @@ def cte(draw: Draw) -> Case:
         f"({pictures}) UNION ALL ({texts})",
         f"WITH a AS ({pictures}) SELECT a.id, b.country FROM a LEFT JOIN brands b USING (brand)",
         f"WITH a AS ({pictures}) SELECT t.id, a.d, distance(t.text_vec, $w) AS e FROM a JOIN things t ON t.id = a.id",
-        f"WITH a AS (FROM things{draw.where()}) SELECT id, distance(text_vec, $w) AS d FROM a ORDER BY d, id LIMIT {limit}",
+        f"WITH a AS (FROM things{draw.where()}) SELECT id, distance(text_vec, $w) AS d FROM a ORDER BY d, id LIMIT {limit}",  # noqa: E501
     )
     sql = choices[draw.number(0, len(choices))]
     return _case(draw, sql, "ids")
@@ -369,7 +369,7 @@ def version(draw: Draw) -> Case:
     choices = (
         f"SELECT count(*) AS n, sum(b.stock) AS s FROM {then} AS b{draw.where('b.')}",
         f"SELECT id FROM {then} AS b{draw.where('b.')} EXCEPT SELECT id FROM things",
-        f"SELECT b.id, distance(a.{column}, b.{column}) AS d FROM things a JOIN {then} AS b ON a.id = b.id{draw.where('b.')}",
+        f"SELECT b.id, distance(a.{column}, b.{column}) AS d FROM things a JOIN {then} AS b ON a.id = b.id{draw.where('b.')}",  # noqa: E501
     )
     return _case(draw, choices[draw.number(0, len(choices))], "rows")
 
@@ -379,7 +379,7 @@ _VERSIONS = ("'previous'", "<previous>")
 
 def lateral(draw: Draw) -> Case:
     column, limit = draw.column(), draw.number(1, 8)
-    near = f"SELECT t.id, t.brand, distance(t.{column}, a.v) AS d FROM things t{draw.where('t.')} ORDER BY d, t.id LIMIT {limit}"
+    near = f"SELECT t.id, t.brand, distance(t.{column}, a.v) AS d FROM things t{draw.where('t.')} ORDER BY d, t.id LIMIT {limit}"  # noqa: E501
     some = draw.of("", f" WHERE a.q < {draw.number(1, 12)}", " WHERE a.topic = 't3'")
     word = draw.of(", LATERAL", " CROSS JOIN LATERAL", " LEFT JOIN LATERAL")
     on = " ON true" if word == " LEFT JOIN LATERAL" else ""

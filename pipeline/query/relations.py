@@ -26,12 +26,14 @@ class Relation:
 
     dataset: the Lance table at its pinned version, None for a frame; frame: the rows of a frame, or the files of a
     named table, which DuckDB reads by itself; None for a Lance table.
+    filters: whether DuckDB may push conditions into those files.
     """
 
     name: str
     schema: pa.Schema
     dataset: lance.LanceDataset | None = None
     frame: pa.Table | ds.Dataset | None = None
+    filters: bool = True
     vectors: Mapping[str, store.VectorColumn] = field(default_factory=dict)
     uri: str = ""
 

@@ -104,7 +104,9 @@ def scan(read: Read) -> object:
     relation = read.reference.relation
     if relation.dataset is None:
         assert relation.frame is not None
-        return relation.frame.select(list(read.columns)) if isinstance(relation.frame, pa.Table) else relation.frame
+        if isinstance(relation.frame, pa.Table):
+            return relation.frame.select(list(read.columns))
+        return relation.frame if relation.filters else relation.frame.scanner(columns=list(read.columns))
     return relation.dataset.scanner(columns=projection(relation, read.columns), filter=read.filter)
 
 

@@ -61,8 +61,8 @@ class NamedTables:
             raise SourceError(f"it holds {' and '.join(kinds)} files", where=", ".join(paths))
         known = self._opened.get(name)
         if known is None or known[0] != files:
-            dataset = _dataset("Parquet" if kinds == ["Parquet"] else "CSV", files)
-            relation = Relation(name, dataset.schema, frame=dataset, uri=", ".join(paths))
+            dataset, filters = _dataset("Parquet" if kinds == ["Parquet"] else "CSV", files)
+            relation = Relation(name, dataset.schema, frame=dataset, filters=filters, uri=", ".join(paths))
             known = self._opened[name] = (files, relation)
         return known[1]
 
@@ -112,8 +112,8 @@ def _lance_relation(name: str, paths: Sequence[str]) -> Relation:
     return table_relation(name, uri, dataset if live is None else store.open_version(uri, store.LIVE))
 
 
-def _dataset(kind: Kind, files: Sequence[FileStat]) -> ds.FileSystemDataset:
-    """All files as one; their rows are not read."""
+def _dataset(kind: Kind, files: Sequence[FileStat]) -> tuple[ds.FileSystemDataset, bool]:
+    """All files as one, whose rows are not read, and whether conditions may be pushed into them."""
     import pyarrow.dataset as ds
 
     uris = [file.uri for file in files]
@@ -125,7 +125,13 @@ def _dataset(kind: Kind, files: Sequence[FileStat]) -> ds.FileSystemDataset:
     except (pa.ArrowException, OSError) as error:
         explained = storage.explain(error, "read the files", uris[0])
         raise explained or SourceError(f"not {kind}: {storage.first_line(error)}", where=uris[0]) from error
-    return ds.dataset(paths, _one_schema(uris, schemas), format=kind.lower(), filesystem=filesystem)
+    one = ds.dataset(paths, _one_schema(uris, schemas), format=kind.lower(), filesystem=filesystem)
+    return one, not any(_is_view(field.type) for schema in schemas for field in schema)
+
+
+def _is_view(kind: pa.DataType) -> bool:
+    """Statistics of such columns are views too, and pyarrow has no comparison of views and strings."""
+    return bool(pa.types.is_string_view(kind) or pa.types.is_binary_view(kind))
 
 
 def _arrow_filesystem(uri: str) -> object:

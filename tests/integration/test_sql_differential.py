@@ -123,7 +123,7 @@ def report(way: str, case: Case, wrong: str, found: pa.Table, wanted: pa.Table) 
     shown = {name: f"{str(value)[:60]}" for name, value in case.params.items()}
     answers = [f"{rows.num_rows} rows\n{_text(rows)}" for rows in (found, wanted)]
     return (
-        f"{way}: {wrong}\n{case.text}\n{shown}\nfound: {answers[0]}\nwanted: {answers[1]}\nreference: {case.reference}\n"
+        f"{way}: {wrong}\n{case.text}\n{shown}\nfound: {answers[0]}\nwanted: {answers[1]}\nreference: {case.reference}\n"  # noqa: E501
         f"alone: pytest {__file__} -m 'slow or not slow' -k {case.number:04d}"
     )
 

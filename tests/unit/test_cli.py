@@ -156,8 +156,6 @@ def test_query_errors(conjoin: Run, table: str, words: list[str], code: int, mes
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["query"], "Missing argument"),
-        (["query", "things.lance"], "the SQL is missing"),
         (["query", "a", "b", "c"], "quote the SQL"),
         (["query", SQL, "--csv", "--json"], "one of --json, --csv and --out"),
         (["query", SQL, "--csv", "-o", "x.csv"], "one of --json, --csv and --out"),

@@ -406,7 +406,7 @@ def test_no_gate_scans_the_table(
     results = by_name(check_gates(candidate, expected(40_000), Gates(), live, catalog(nights.uri)))
     assert {"hit@10 text to image", "centroid of image_vec", "ids"} <= results.keys()
     read = sum(dataset.io_stats_incremental().read_bytes for dataset in (live, candidate))
-    assert 0 < read < 0.2 * 40_000 * 2 * 32 * 4
+    assert 0 < read < 0.35 * 40_000 * 2 * 32 * 4
 
 
 # What follows asks the source and a real encoder.

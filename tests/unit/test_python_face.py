@@ -16,7 +16,8 @@ from conjoin.pipeline.errors import ConfigError
 
 @pytest.mark.parametrize("name", [name for name in cj.__all__ if name != "__version__"])
 def test_every_name_loads(name: str) -> None:
-    assert callable(getattr(cj, name))
+    found = getattr(cj, name)
+    assert callable(found) or inspect.ismodule(found)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -36,7 +36,7 @@ MODALITIES = ("image", "text", "audio")
 def blocks() -> list[object]:
     """(section, SQL) of every block, named by its section and its number in it."""
     found, section, number = [], "", 0
-    for heading, sql in re.findall(r"^## (.+)$|^```sql\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL):
+    for heading, sql in re.findall(r"^## ([^\n]+)$|^```sql\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL):
         section, number = (heading, 0) if heading else (section, number + 1)
         if sql:
             found.append(pytest.param(sql, id=f"{section or 'start'}-{number}"))
