@@ -268,7 +268,7 @@ def _report(tonight: _Tonight, status: str, version: int, entry: Entry) -> Night
         base=plan.base_version,
         rows=manifest.rows,
         units=len(plan.units),
-        quarantined=sum(group.count for group in groups),
+        quarantined=0 if bad is None else len(bad["id"].unique()),
         bytes_written=bytes_of([record.fragment for record in records.values()]),
         rows_per_s=round(embedded / max(seconds, 1e-9), 1),
         fingerprint=plan.fingerprint,

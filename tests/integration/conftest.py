@@ -126,6 +126,8 @@ def run_file_in(things_encoder: Path) -> Callable[..., Path]:
             "encoder": str(things_encoder),
             "table": {"path": table or f"{folder}/things.lance", "thumbnail_px": 32},
             "embed": {"unit_rows": unit_rows, "max_bad_fraction": 0.1},
+            "gates": {"quarantine": 0.1, "hit_at_10_drop": 1},
+            "upkeep": {"compact_mb": 0},  # the fragments that units left are looked at
         }
         path = folder / "conjoin.yaml"
         path.write_text(yaml.safe_dump(raw))
