@@ -72,6 +72,16 @@ class RunFile(Section):
             raise ValueError(f"tables: the name {twice!r} is taken; SQL knows no capitals")
         return self
 
+    @model_validator(mode="after")
+    def _check_full_text(self) -> Self:
+        """Before a night embeds everything and cannot index it."""
+        known = [*self.source.keep, *(["text"] if self.source.text else [])]
+        if unknown := next((name for name in self.table.full_text if name not in known), None):
+            near = difflib.get_close_matches(unknown, known, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"the table has {', '.join(known) or 'no texts'}"
+            raise ValueError(f"table.full_text: there will be no column {unknown!r}; {hint}")
+        return self
+
 
 def load(file: str | Path = "conjoin.yaml", *, date: dt.date | None = None, **overrides: object) -> RunFile:
     """Read a run file; overrides are dotted fields with `__` for the dot (`train__epochs=3`).

@@ -60,6 +60,8 @@ def test_variables_come_from_the_environment(file: Path, monkeypatch: pytest.Mon
         ),
         ("train.path", [{"path": "b", "weight": 0}], r"train\.path\.0\.weight: .*greater than 0"),
         ("table.ann_recall", 2, r"table\.ann_recall: .*less than or equal to 1"),
+        ("table.full_text", ["txt"], r"table\.full_text: there will be no column 'txt'; did you mean 'text'"),
+        ("table.full_text", ["nothing"], r"table\.full_text: .*; the table has .*text"),
         ("embed.max_bad_fraction", "many", r"embed\.max_bad_fraction"),
         ("name", "my table", r"name: "),
     ],
