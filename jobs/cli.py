@@ -256,7 +256,10 @@ def run(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Bring the table up to date with the source and publish it: the night. The same command resumes."""
+    """Bring the table up to date with the source and publish it: the night. The same command resumes.
+
+    Exit 1 also if only publish.hook failed; the version is live then.
+    """
     from conjoin.jobs.nightly import run as night
     from conjoin.jobs.progress import Screen
     from conjoin.jobs.render import night_report
@@ -265,6 +268,9 @@ def run(
     with Screen() as screen:
         report = night(config, _logical_date(date), full=full, limit=limit, progress=screen.show)
     print(json.dumps(report.to_json(), indent=1) if as_json else night_report(report))
+    if report.hook is not None and report.hook.failed:
+        print(f"conjoin: {report.hook.problem}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 app.command()(query)

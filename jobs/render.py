@@ -220,8 +220,8 @@ def status_lines(found: Status) -> str:
         seconds = f" in {_ago(sum(last.seconds.values()))}" if last.seconds else ""
         problem = f": {last.problem}" if last.problem else ""
         lines.append(f"last night: {last.run_id} {last.status}{seconds}{problem}")
-        if last.hook is not None and last.hook.exit_code:
-            lines.append(f"its publish.hook failed with exit code {last.hook.exit_code}: {last.hook.output}")
+        if last.hook is not None and last.hook.failed:
+            lines.append(last.hook.problem)
     counts = ", ".join(f"{count:,} {stage}" for stage, count in found.quarantine.items())
     lines.append(f"quarantine: {counts} (`conjoin repair`)" if counts else "quarantine: empty")
     return "\n".join(lines)

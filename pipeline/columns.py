@@ -66,11 +66,10 @@ def unify(config: SourceConfig, schemas: Sequence[tuple[str, pa.Schema]]) -> Sou
     """
     import pyarrow as pa
 
+    _check_present(config, schemas)
     distinct: dict[pa.Schema, str] = {}
     for file, schema in schemas:
         distinct.setdefault(schema, file)
-    for schema, file in distinct.items():
-        _check_present(config, file, schema)
     fields = [(name, _merged(config, name, distinct)) for name in records.all_columns(config)]
     arrow = pa.schema(fields)
     file = schemas[0][0]
@@ -79,22 +78,40 @@ def unify(config: SourceConfig, schemas: Sequence[tuple[str, pa.Schema]]) -> Sou
     return SourceSchema(arrow, contents)
 
 
-def _check_present(config: SourceConfig, file: str, schema: pa.Schema) -> None:
+def _check_present(config: SourceConfig, schemas: Sequence[tuple[str, pa.Schema]]) -> None:
+    """Every named column is in every file, once; other columns are nobody's business."""
     for name in records.all_columns(config):
-        count = schema.names.count(name)
-        if count == 1:
-            continue
         role = _role(config, name)
-        if count:
-            raise SourceError(f"{role}: {count} columns are named {name!r}", where=file, next="Rename all but one")
-        near = difflib.get_close_matches(name, schema.names, 1, 0.6)
-        shown = ", ".join(schema.names[:_SHOWN_COLUMNS]) + (", ..." if len(schema.names) > _SHOWN_COLUMNS else "")
-        advice = f"Did you mean {near[0]!r}?" if near else f"Its columns are: {shown}"
-        raise SourceError(f"{role}: no column {name!r}", where=file, next=advice)
+        for file, schema in schemas:
+            if (count := schema.names.count(name)) > 1:
+                what = f"{role}: {count} columns are named {name!r}"
+                raise SourceError(what, where=file, next="Rename all but one")
+        lacking = [(file, schema) for file, schema in schemas if name not in schema.names]
+        if lacking:
+            some = f" in {len(lacking)} of {len(schemas)} files" if len(lacking) < len(schemas) else ""
+            advice = _nearest(name, lacking[0][1].names)
+            if some and not advice:
+                advice = f"Write it there too, null where it has no value, or take it out of {role}"
+            advice = advice or f"Its columns are: {_shown(lacking[0][1].names)}"
+            raise SourceError(f"{role}: no column {name!r}{some}", where=lacking[0][0], next=advice)
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    """A question about the nearest name, capitals aside; empty if none is near."""
+    by_small = {other.lower(): other for other in reversed(names)}
+    near = difflib.get_close_matches(name.lower(), list(by_small), 1, 0.6)
+    return f"Did you mean {by_small[near[0]]!r}?" if near else ""
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN_COLUMNS]) + (", ..." if len(names) > _SHOWN_COLUMNS else "")
 
 
 def _merged(config: SourceConfig, name: str, schemas: dict[pa.Schema, str]) -> pa.DataType:
-    """One type for all files: null gives way, integers and floats widen; anything else is an error."""
+    """One type for all files: null gives way, integers and floats widen; anything else is an error.
+
+    Arrow would also merge texts with bytes: addresses would be taken for pictures. Only texts may come as bytes.
+    """
     import pyarrow as pa
 
     simplify = plain_id if name == config.id else plain
@@ -103,6 +120,12 @@ def _merged(config: SourceConfig, name: str, schemas: dict[pa.Schema, str]) -> p
     for schema in others:
         field = pa.schema([(name, simplify(schema.field(name).type))])
         try:
+            if (
+                _is_text(merged) != _is_text(field)
+                and _role(config, name) != "source.text"
+                and _is_bytes(merged, field)
+            ):
+                raise pa.ArrowTypeError("texts and bytes")
             merged = pa.unify_schemas([merged, field], promote_options="permissive")
         except pa.ArrowTypeError as error:
             here, there = field.field(0).type, merged.field(0).type
@@ -112,6 +135,18 @@ def _merged(config: SourceConfig, name: str, schemas: dict[pa.Schema, str]) -> p
                 advice = "Give it its old type again, or make the whole table anew with `conjoin run --full`"
             raise SourceError(what, where=schemas[schema], next=advice) from error
     return merged.field(0).type
+
+
+def _is_text(one: pa.Schema) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_string(_item(one.field(0).type))
+
+
+def _is_bytes(*several: pa.Schema) -> bool:
+    import pyarrow as pa
+
+    return any(pa.types.is_binary(_item(one.field(0).type)) for one in several)
 
 
 def _check_id(config: SourceConfig, kind: pa.DataType, file: str) -> None:

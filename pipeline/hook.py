@@ -34,13 +34,13 @@ class PublishConfig(Section):
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
-    """exit_code: negative for a signal; output: the end of what it wrote to stderr, or else to stdout."""
+class Hook:
+    """exit_code: negative for a signal; output: the end of its stderr, or of its stdout where that is empty."""
 
     command: str
     exit_code: int
     seconds: float
-    output: str
+    output: str = ""
     timed_out: bool = False
 
     @property
@@ -57,7 +57,7 @@ class Ran:
         return f"publish.hook {how}, the version stays live ({self.command}){said}"
 
 
-def run_hook(config: PublishConfig, uri: str, entry: Entry) -> Ran | None:
+def run_hook(config: PublishConfig, uri: str, entry: Entry) -> Hook | None:
     """Run `publish.hook` about a move of `live`; None without a hook. Never raises for what the command does."""
     if config.hook is None:
         return None
@@ -82,7 +82,7 @@ def run_hook(config: PublishConfig, uri: str, entry: Entry) -> Ran | None:
         )
         timed_out = _waited(process, config.hook_timeout_s)
         said = _end(err) or _end(out)
-    return Ran(config.hook, process.returncode, round(time.monotonic() - started, 3), said, timed_out)
+    return Hook(config.hook, process.returncode, round(time.monotonic() - started, 3), said, timed_out)
 
 
 def _waited(process: subprocess.Popen[bytes], timeout_s: float) -> bool:

@@ -12,6 +12,7 @@ from typing import cast
 
 from conjoin.encoders.spec import Json
 from conjoin.pipeline import runs, storage
+from conjoin.pipeline.hook import Hook as Hook
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +37,6 @@ class Trouble:
     count: int
     example: str = ""
     example_id: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Hook:
-    """What became of publish.hook; output: the end of its stderr."""
-
-    command: str
-    exit_code: int
-    seconds: float
-    output: str = ""
-    timed_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,9 +98,8 @@ def _lead(night: Night) -> str:
 
 def _alarms(night: Night) -> str:
     alarms = [night.problem] if night.problem else []
-    if night.hook is not None and night.hook.exit_code:
-        how = "took too long and was killed" if night.hook.timed_out else f"ended with exit code {night.hook.exit_code}"
-        alarms.append(f"publish.hook {how}; the version stays live. {night.hook.command}: {night.hook.output}")
+    if night.hook is not None and night.hook.failed:
+        alarms.append(night.hook.problem)
     lines = "".join(f"<p>{_text(line)}</p>" for line in alarms)
     return f"<section class=alarm><h2 class=bad>What went wrong</h2>{lines}</section>" if lines else ""
 

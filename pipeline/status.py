@@ -80,8 +80,10 @@ def last_night(uri: str) -> Night | None:
 
 
 def _working(uri: str) -> tuple[Working, ...]:
-    beats = {beat.run_id: beat for beat in heartbeat.read_beats(uri)}
-    waiting = [run_id for run_id in runs.unfinished(uri) if run_id not in beats]
+    unfinished = runs.unfinished(uri)
+    over = set(runs.run_ids(uri)) - set(unfinished)  # one that its gates rejected has said why in its report
+    beats = {beat.run_id: beat for beat in heartbeat.read_beats(uri) if beat.run_id not in over}
+    waiting = [run_id for run_id in unfinished if run_id not in beats]
     found = [_at_work(uri, beat) for beat in beats.values()]
     return (*found, *(Working(run_id, "unfinished", *_units(uri, run_id)) for run_id in waiting))
 

@@ -64,6 +64,100 @@ def test_two_files_that_disagree_are_both_named() -> None:
         columns.unify(_config(), [("a.parquet", first), ("b.parquet", second)])
 
 
+def test_other_columns_come_and_go_unnoticed() -> None:
+    first = pa.schema([("id", pa.string()), ("text", pa.string())])
+    second = pa.schema([("new", pa.int64()), ("text", pa.string()), ("id", pa.string())])
+    third = pa.schema([("id", pa.string()), ("text", pa.string()), ("new", pa.string())])
+    found = columns.unify(_config(text="text"), [("a", first), ("b", second), ("c", third)])
+    assert found.arrow == first
+
+
+IDS = [("id", pa.int64())]
+
+
+@pytest.mark.parametrize(
+    ("fields", "first", "second", "words"),
+    [
+        (
+            {"keep": ["price"]},
+            [*IDS, ("price", pa.float64())],
+            IDS,
+            r"source\.keep: no column 'price' in 1 of 2 files \[b\]\. Write it there too, null where it has no value, "
+            r"or take it out of source\.keep",
+        ),
+        (
+            {"keep": ["price"]},
+            [*IDS, ("price", pa.float64())],
+            [*IDS, ("Price", pa.float64())],
+            r"no column 'price' in 1 of 2 files \[b\]\. Did you mean 'Price'\?",
+        ),
+        ({"text": "name"}, IDS, IDS, r"source\.text: no column 'name' \[a\]\. Its columns are: id"),
+        (
+            {"id": "product_id"},
+            [("productId", pa.int64())],
+            [("productId", pa.int64())],
+            r"source\.id: no column 'product_id' \[a\]\. Did you mean 'productId'\?",
+        ),
+        (
+            {"keep": ["price"]},
+            [*IDS, ("price", pa.float64())],
+            [*IDS, ("price", pa.string())],
+            r"source\.keep: column 'price' is string here, but double in a \[b\]\. Give the column one type",
+        ),
+        (
+            {"text": "name"},
+            [*IDS, ("name", pa.string())],
+            [*IDS, ("name", pa.int64())],
+            r"source\.text: column 'name' is int64 here, but string in a \[b\]",
+        ),
+        (
+            {"image": "image"},
+            [*IDS, ("image", pa.string())],
+            [*IDS, ("image", pa.binary())],
+            r"source\.image: column 'image' is binary here, but string in a \[b\]",
+        ),
+        (
+            {"image": "image"},
+            [*IDS, ("image", pa.list_(pa.large_binary()))],
+            [*IDS, ("image", pa.list_(pa.string()))],
+            r"source\.image: column 'image' is list<item: string> here, but list<item: binary> in a \[b\]",
+        ),
+        ({}, IDS, [("id", pa.float64())], r"source\.id: column 'id' is double"),
+        (
+            {},
+            [("id", pa.string())],
+            [("id", pa.binary())],
+            r"source\.id: column 'id' is binary here, but string in a \[b\]",
+        ),
+    ],
+    ids=[
+        "missing-in-some",
+        "capitals-in-some",
+        "missing-in-all",
+        "id-renamed",
+        "kept-type",
+        "text-type",
+        "addresses-and-bytes",
+        "lists-of-them",
+        "id-to-float",
+        "id-to-bytes",
+    ],
+)
+def test_what_drifted_is_named(
+    fields: dict[str, object],
+    first: list[tuple[str, pa.DataType]],
+    second: list[tuple[str, pa.DataType]],
+    words: str,
+) -> None:
+    with pytest.raises(SourceError, match=words):
+        columns.unify(_config(**fields), [("a", pa.schema(first)), ("b", pa.schema(second))])
+
+
+def test_texts_may_come_as_bytes() -> None:
+    first, second = pa.schema([*IDS, ("t", pa.string())]), pa.schema([*IDS, ("t", pa.binary())])
+    assert columns.unify(_config(text="t"), [("a", first), ("b", second)]).contents == {"text": "text"}
+
+
 @pytest.mark.parametrize(
     ("fields", "schema", "words"),
     [

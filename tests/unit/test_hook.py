@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from conjoin.pipeline.hook import PublishConfig, Ran, run_hook
+from conjoin.pipeline.hook import Hook, PublishConfig, run_hook
 from conjoin.pipeline.publish import Entry
 
 ENTRY = Entry(2, "publish", "shop-2026-01-02", 7, 5, 100, "2026-01-02T01:00:00+00:00")
 
 
-def ran(command: str, entry: Entry = ENTRY, timeout_s: float = 20) -> Ran:
+def ran(command: str, entry: Entry = ENTRY, timeout_s: float = 20) -> Hook:
     found = run_hook(PublishConfig(hook=command, hook_timeout_s=timeout_s), "/data/shop.lance", entry)
     assert found is not None
     return found

@@ -90,7 +90,7 @@ def test_status_of_a_bad_night(conjoin: Run, uri: str) -> None:
     for words in (
         "run things-2026-01-03 is unfinished, 0 of 4 units done; `conjoin run` resumes it",
         "last night: things-2026-01-02 rejected in 10 min: recall: .5",
-        "publish.hook failed with exit code 7: no answer",
+        "publish.hook ended with exit code 7, the version stays live (curl x): no answer",
     ):
         assert words in out
 
@@ -181,6 +181,14 @@ def test_a_rollback_runs_the_hook_and_says_when_it_fails(
     assert done.err.startswith("conjoin: publish.hook ended with exit code 5, the version stays live")
     assert "no cache there" in done.err
     assert store.live_version(store.open_version(uri)) == 2
+
+
+def test_a_night_whose_hook_failed_is_loud(conjoin: Run, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    night = Night("things-2026-01-02", "published", version=2, hook=Hook("curl x", 7, 1.0, "no answer"))
+    monkeypatch.setattr("conjoin.jobs.nightly.run", lambda *_, **__: night)
+    done = conjoin("run", "--json")
+    assert (done.code, json.loads(done.out)["version"]) == (1, 2)
+    assert done.err == ("conjoin: publish.hook ended with exit code 7, the version stays live (curl x): no answer\n")
 
 
 @pytest.fixture

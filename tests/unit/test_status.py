@@ -70,6 +70,21 @@ def test_a_night_that_is_dead(tmp_path: Path, ended: str) -> None:
     assert 299 < work.silent_s < 400
 
 
+def test_a_rejected_night_is_over(tmp_path: Path) -> None:
+    uri = f"{tmp_path}/things.lance"
+    planned(uri, "r1", 1, 1)
+
+    def night() -> None:
+        with Heartbeat(uri, "r1"):
+            runs.finish(uri, "r1", Night("r1", "rejected", problem="too few").to_json())
+            raise ValueError("too few")
+
+    with pytest.raises(ValueError, match="too few"):
+        night()
+    found = look(uri)
+    assert (found.working, found.last and found.last.problem) == ((), "too few")
+
+
 def test_nights_of_one_day_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     uri = f"{tmp_path}/things.lance"
     names = ["r-2026-01-01", *(f"r-2026-01-01.{n}" for n in range(2, 12)), "r-2026-01-02"]
