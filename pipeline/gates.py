@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from conjoin.pipeline.catalog import Catalog
 
-NEXT = "__next"  # ends the name of a new encoder's column until it replaces the old one
 _LOOKED_UP = 200
 
 
@@ -91,7 +90,7 @@ class Subject:
     def columns(self) -> dict[str, store.VectorColumn]:
         """Tonight's vector columns by modality: a new encoder's where it stands beside the old one's."""
         found = store.vector_columns(self.dataset)
-        later = {name: column for name, column in found.items() if name.endswith(NEXT)}
+        later = {name: column for name, column in found.items() if name.endswith(store.NEXT)}
         return {column.modality: column for column in (*found.values(), *later.values())}
 
 
@@ -227,7 +226,7 @@ def _quarantine_gate(subject: Subject) -> GateResult:
 
 def _column_gates(subject: Subject) -> list[GateResult]:
     columns, dataset = store.vector_columns(subject.dataset), subject.dataset
-    found = {name.removesuffix(NEXT) for name in columns}
+    found = {name.removesuffix(store.NEXT) for name in columns}
     wanted = set(subject.expected.columns)
     detail = f"vector columns are {', '.join(sorted(found)) or 'none'}, planned are {', '.join(sorted(wanted))}"
     results = [GateResult("columns", found == wanted, detail)]
@@ -235,7 +234,7 @@ def _column_gates(subject: Subject) -> list[GateResult]:
         detail = f"no encoder's fingerprint is on {', '.join(unknown)}"
         advice = "Somebody else added it: drop the column, or keep it in a table of its own"
         results.append(GateResult("unknown vectors", False, detail, advice))
-    replaced = {name.removesuffix(NEXT) for name in columns if name.endswith(NEXT)}
+    replaced = {name.removesuffix(store.NEXT) for name in columns if name.endswith(store.NEXT)}
     for name, column in columns.items():
         size = dataset.schema.field(name).type.list_size
         detail = f"{name}: {size} dimensions, its metadata says {column.dim}"
@@ -256,7 +255,7 @@ def _is_vector(kind: pa.DataType) -> bool:
 
 def _head_gates(subject: Subject) -> list[GateResult]:
     """What only a head can have: columns that should be gone, and commits of somebody else."""
-    left = [name for name in store.vector_columns(subject.dataset) if name.endswith(NEXT)]
+    left = [name for name in store.vector_columns(subject.dataset) if name.endswith(store.NEXT)]
     detail = f"{', '.join(left)} should have replaced the old column" if left else "every column bears its own name"
     results = [GateResult("names", not left, detail)]
     foreign = _foreign(subject)

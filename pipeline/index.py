@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, cast
 
 from conjoin.pipeline import storage, store
 from conjoin.pipeline.errors import TableError
-from conjoin.pipeline.gates import NEXT
 from conjoin.pipeline.measures import Measure, measure
 from conjoin.pipeline.recall import Reached, Setting, reach, tune
 
 if TYPE_CHECKING:
     import lance
+
+# Lance says of every delta which partitions got no row.
+os.environ.setdefault("LANCE_LOG", "warn,lance::index::vector::builder=error")
 
 __all__ = [
     "EXACT_FLOATS",
@@ -124,7 +126,7 @@ def build(
 
 def _key(column: str, fingerprint: str) -> tuple[str, str]:
     """A report follows its column through the renaming."""
-    return column.removesuffix(NEXT), fingerprint
+    return column.removesuffix(store.NEXT), fingerprint
 
 
 def _live(uri: str, dataset: lance.LanceDataset) -> lance.LanceDataset | None:
@@ -138,7 +140,7 @@ def settings(uri: str, dataset: lance.LanceDataset) -> Mapping[str, Setting]:
         return {}
     newest = max((number for number in _versions(uri) if number <= dataset.version), default=None)
     reports = (_read(uri, newest) if newest else None) or ()
-    found = {r.column.removesuffix(NEXT): r.setting for r in reports if r.nprobes}
+    found = {r.column.removesuffix(store.NEXT): r.setting for r in reports if r.nprobes}
     found |= {r.column: r.setting for r in reports if r.nprobes}
     return {column: found.get(column) or _default(dataset, column) for column in columns}
 
@@ -337,8 +339,10 @@ def _built(wanted: _Wanted) -> IndexReport | None:
 
 def _new_name(dataset: lance.LanceDataset, column: store.VectorColumn) -> str:
     """An index keeps its name when its column is renamed: the next encoder's must have another."""
-    name = f"{column.name.removesuffix(NEXT)}_idx"
-    return name if name not in _names(dataset) else f"{column.name.removesuffix(NEXT)}_{column.fingerprint[:12]}_idx"
+    name = f"{column.name.removesuffix(store.NEXT)}_idx"
+    return (
+        name if name not in _names(dataset) else f"{column.name.removesuffix(store.NEXT)}_{column.fingerprint[:12]}_idx"
+    )
 
 
 def _report(wanted: _Wanted, name: str, reached: Reached, made: tuple[str, int, float]) -> IndexReport:

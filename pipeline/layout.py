@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from conjoin.pipeline.embedding_functions import embedding_functions
 from conjoin.pipeline.errors import TableError
-from conjoin.pipeline.store import Layout, columns_of_schema, table_schema, vector_columns
+from conjoin.pipeline.store import NEXT, Layout, columns_of_schema, table_schema, vector_columns
 from conjoin.pipeline.survey import modalities_of
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 AUTO_THUMBNAIL_PX = 96
 # Above this many bytes of vectors float16 halves the table; recall@10 barely moves (the index re-ranks).
 FLOAT16_FROM_BYTES = 8 << 30
-NEXT = "__next"  # the end of a new encoder's column until it takes the old one's name
 
 
 @dataclass(frozen=True, slots=True)

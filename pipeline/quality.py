@@ -13,7 +13,7 @@ import numpy as np
 
 from conjoin.pipeline import sample, store
 from conjoin.pipeline.difference import difference
-from conjoin.pipeline.gates import NEXT, GateResult, Subject
+from conjoin.pipeline.gates import GateResult, Subject
 from conjoin.pipeline.measures import Measure, known, matrix, measure
 from conjoin.pipeline.metrics import hits
 from conjoin.pipeline.records import group_values, split_of
@@ -117,7 +117,7 @@ def _hit_gates(subject: Subject) -> list[GateResult]:
     if subject.live is None or not sample.can_look_up(subject.live):
         return []
     known_columns = store.vector_columns(subject.live).items()
-    theirs = {column.modality: column for name, column in known_columns if not name.endswith(NEXT)}
+    theirs = {column.modality: column for name, column in known_columns if not name.endswith(store.NEXT)}
     modalities = [modality for modality in subject.columns if modality in theirs]
     pool = _pool(subject, modalities, theirs) if len(modalities) > 1 else None
     if pool is None:

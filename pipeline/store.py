@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 LIVE = "live"
+NEXT = "__next"  # the end of a new encoder's column until it takes the old one's name
 STORAGE_VERSION = "2.2"  # explicit, so that every fragment of a table is read by the same rules
 HASH_BYTES = 16
 PREFIX = "conjoin:"
