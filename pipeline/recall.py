@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import lance
 
 _REFINES = (2, 4, 8, 16, 32)
+FEWEST_PROBES, FEWEST_REFINE = 2, _REFINES[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +34,24 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """What a setting gives. recall: mean @10; bound: of the worst group of askers, less one standard error;
-    latency_ms: median of one query."""
+    """What a setting gives. recall: mean @10; worst: mean of the worst group of askers; bound: that less one standard
+    error; latency_ms: median of one query."""
 
     setting: Setting
     recall: float
+    worst: float
     bound: float
     latency_ms: float
 
 
-def tune(dataset: lance.LanceDataset, column: str, answers: Answers, partitions: int, target: float) -> Reached | None:
-    """The cheapest setting whose recall reaches the target in every group of queries; None if none does."""
-    for refine in _REFINES:
+def tune(dataset: lance.LanceDataset, column: str, answers: Answers, least: Setting, target: float) -> Reached | None:
+    """The cheapest setting, from `least` up, whose bound reaches the target; None if none does."""
+    partitions = least.num_partitions
+    for refine in (refine for refine in _REFINES if refine >= least.refine):
         whole = reach(dataset, column, answers, Setting(partitions, refine, partitions))
         if whole.bound < target:
             continue
-        probes = 2
+        probes = least.nprobes
         while probes < partitions:
             found = reach(dataset, column, answers, Setting(probes, refine, partitions))
             if found.bound >= target:
@@ -78,6 +81,7 @@ def reach(dataset: lance.LanceDataset, column: str, answers: Answers, setting: S
         times.append(time.perf_counter() - start)
         similarities = matrix(found.column(0).combine_chunks()) @ query_D
         recalls.append(min(int((similarities >= kth - EQUAL).sum()), K) / K)
-    means = [(np.mean(recalls[group]), np.std(recalls[group]), len(recalls[group])) for group in answers.groups]
-    bound = min((float(mean - deviation / math.sqrt(count)) for mean, deviation, count in means), default=0.0)
-    return Reached(setting, float(np.mean(recalls)), bound, float(np.median(times) * 1000))
+    groups = [recalls[group] for group in answers.groups]
+    worst = min(float(np.mean(group)) for group in groups)
+    bound = min(float(np.mean(group) - np.std(group) / math.sqrt(len(group))) for group in groups)
+    return Reached(setting, float(np.mean(recalls)), worst, bound, float(np.median(times) * 1000))
