@@ -101,6 +101,10 @@ class Engine:
             return relation.to_arrow_table() if fetch else None
         except duckdb.Error as error:
             raise _explain(error, _columns(sources)) from None
+        except RuntimeError as error:
+            if "interrupted" in str(error):  # Ctrl-C, as DuckDB tells it
+                raise KeyboardInterrupt from None
+            raise
         finally:
             for name in made:
                 cursor.remove_function(name)

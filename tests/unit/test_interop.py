@@ -138,8 +138,8 @@ def test_without_our_import_vector_search_works_and_words_stop(uri: str) -> None
 def test_the_metadata_names_every_vector_column_and_what_it_came_from() -> None:
     found = json.loads(embedding_functions(schema("/encoders/one", "f" * 32))[KEY])
     assert [(entry["vector_column"], entry["source_column"], entry["name"]) for entry in found] == [
-        ("image_vec", "image_uri", "conjoin"),
-        ("text_vec", "text", "conjoin"),
+        ("image_vec", "id", "conjoin"),
+        ("text_vec", "id", "conjoin"),
     ]
     assert found[0]["model"] == {"encoder": "/encoders/one", "fingerprint": "f" * 32, "modality": "image", "dim": DIM}
     assert embedding_functions(pa.schema([("id", pa.string())])) == {}

@@ -136,6 +136,10 @@ def test_history_is_kept_below_the_state_directory(tmp_path: Path, monkeypatch: 
     assert history_file() is None
 
 
+# Ctrl-C reaches whom the terminal belongs to.
+OWN_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from conjoin.jobs.cli import main; main()"
+
+
 class Terminal:
     """`conjoin query` on a terminal of its own."""
 
@@ -143,12 +147,11 @@ class Terminal:
         self.master, slave = pty.openpty()
         self.shown = ""
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from conjoin.jobs.cli import main; main()", "query", uri, "--csv"],
+            [sys.executable, "-c", OWN_TERMINAL, "query", uri, "--csv"],
             stdin=slave,
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
             env={**os.environ, "XDG_STATE_HOME": str(state), "TERM": "xterm"},
         )
         os.close(slave)
