@@ -138,14 +138,15 @@ def history_file() -> Path | None:
 
 def _session(table: Table) -> PromptSession[str]:
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import FuzzyCompleter, WordCompleter
+    from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     file = history_file()
     words = Words(table)
-    completer = WordCompleter(words.known, ignore_case=True, pattern=re.compile(r"\\?\w+$"))
+    # prompt_toolkit looks for words backwards: first letters, then the backslash of a command
+    completer = WordCompleter(words.known, ignore_case=True, pattern=re.compile(r"^\w+\\?"))
     history = FileHistory(str(file)) if file else InMemoryHistory()
-    return PromptSession(history=history, completer=FuzzyCompleter(completer), complete_while_typing=False)
+    return PromptSession(history=history, completer=completer, complete_while_typing=False)
 
 
 class Words:
