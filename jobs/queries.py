@@ -69,14 +69,14 @@ def query(
     if sql is None:
         from conjoin.jobs.shell import run_shell
 
-        if param or explain or out or exact or recall is not None:
-            raise typer.BadParameter("--param, --explain, --exact, --recall and --out need SQL")
-        raise typer.Exit(run_shell(table, style))
+        if param or explain or out:
+            raise typer.BadParameter("--param, --explain and --out need SQL")
+        raise typer.Exit(run_shell(table, style, exact=exact, recall=recall))
     from conjoin.jobs.render import write_rows
 
     try:
         params = parameters(param or [], sql)
-        if explain or (as_json and split_explain(sql)[0]):
+        if explain or (split_explain(sql)[0] and not as_csv and out is None):
             found = table.explain(sql, params, exact=exact, recall=recall)
             print(found.to_json() if as_json else found)
         else:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from conjoin.jobs.queries import pointed
 from conjoin.jobs.render import Style, readable, write_rows
 from conjoin.pipeline.errors import ConjoinError, QueryError
-from conjoin.pipeline.query.parse import statements
+from conjoin.pipeline.query.parse import split_explain, statements
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -35,13 +35,14 @@ _COMMANDS = {
 _STOPPED = "stopped"
 
 
-def run_shell(table: Table, style: Style = "table") -> int:
+def run_shell(table: Table, style: Style = "table", *, exact: bool = False, recall: float | None = None) -> int:
     """Until the end of the input; from a pipe 1 if a statement failed, as a script would want to know."""
+    shell = Shell(table, style, exact=exact, recall=recall)
     if not sys.stdin.isatty():
-        return Shell(table, style).run(_from_pipe)
+        return shell.run(_from_pipe)
     print(f"{table.name} version {table.version}; end statements with `;`, \\? for help", file=sys.stderr)
     session = _session(table)
-    Shell(table, style).run(lambda unfinished: session.prompt("    ...> " if unfinished else f"{table.name}> "))
+    shell.run(lambda unfinished: session.prompt("    ...> " if unfinished else f"{table.name}> "))
     return 0
 
 
@@ -55,8 +56,11 @@ def _from_pipe(_: bool) -> str:
 class Shell:
     """What has been typed so far, and how answers are shown."""
 
-    def __init__(self, table: Table, style: Style = "table") -> None:
+    def __init__(
+        self, table: Table, style: Style = "table", *, exact: bool = False, recall: float | None = None
+    ) -> None:
         self.table, self.style = table, style
+        self.exact, self.recall = exact, recall
         self.timing, self.failed = False, False
         self._text = ""
 
@@ -102,9 +106,12 @@ class Shell:
 
     def _answer(self, sql: str) -> None:
         start = time.perf_counter()
-        rows = self.table.sql(sql).to_arrow()
+        if split_explain(sql)[0] and self.style != "csv":
+            found = self.table.explain(sql, exact=self.exact, recall=self.recall)
+            print(found.to_json() if self.style == "json" else found)
+        else:
+            write_rows(self.table.sql(sql, exact=self.exact, recall=self.recall).to_arrow(), style=self.style)
         seconds = time.perf_counter() - start
-        write_rows(rows, style=self.style)
         sys.stdout.flush()
         if self.timing:
             print(f"{seconds * 1000:,.0f} ms", file=sys.stderr)
@@ -138,14 +145,15 @@ def history_file() -> Path | None:
 
 def _session(table: Table) -> PromptSession[str]:
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import FuzzyCompleter, WordCompleter
+    from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     file = history_file()
     words = Words(table)
-    completer = WordCompleter(words.known, ignore_case=True, pattern=re.compile(r"\\?\w+$"))
+    # prompt_toolkit looks for words backwards: first letters, then the backslash of a command
+    completer = WordCompleter(words.known, ignore_case=True, pattern=re.compile(r"^\w+\\?"))
     history = FileHistory(str(file)) if file else InMemoryHistory()
-    return PromptSession(history=history, completer=FuzzyCompleter(completer), complete_while_typing=False)
+    return PromptSession(history=history, completer=completer, complete_while_typing=False)
 
 
 class Words:

@@ -26,15 +26,9 @@ def embedding_functions(schema: pa.Schema) -> dict[bytes, bytes]:
         {
             "name": NAME,
             "model": {"encoder": c.encoder, "fingerprint": c.fingerprint, "modality": c.modality, "dim": c.dim},
-            "source_column": _source(c.modality, schema),
+            "source_column": "id",  # LanceDB wants one that every row has; nothing is ever embedded from it
             "vector_column": c.name,
         }
         for c in columns
     ]
     return {KEY: json.dumps(found).encode()} if found else {}
-
-
-def _source(modality: str, schema: pa.Schema) -> str:
-    """What stands for the modality in the table; LanceDB wants a name, and only `add` would read it."""
-    names = (modality, f"{modality}_uri", f"{modality}_thumb")
-    return next((name for name in names if name in schema.names), f"{modality}_hash")

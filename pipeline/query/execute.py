@@ -101,6 +101,10 @@ class Engine:
             return relation.to_arrow_table() if fetch else None
         except duckdb.Error as error:
             raise _explain(error, _columns(sources)) from None
+        except RuntimeError as error:
+            if "interrupted" in str(error):  # Ctrl-C, as DuckDB tells it
+                raise KeyboardInterrupt from None
+            raise
         finally:
             for name in made:
                 cursor.remove_function(name)
@@ -120,7 +124,9 @@ def function_names() -> list[str]:
     import duckdb
 
     with duckdb.connect(":memory:", config=_CONFIG) as connection:
-        rows = connection.sql("SELECT DISTINCT function_name FROM duckdb_functions() ORDER BY 1").fetchall()
+        kinds = "function_type IN ('scalar', 'aggregate', 'macro')"
+        sql = f"SELECT DISTINCT function_name FROM duckdb_functions() WHERE {kinds} ORDER BY 1"  # noqa: S608
+        rows = connection.sql(sql).fetchall()
     return [name for (name,) in rows if re.fullmatch(r"[a-z][a-z0-9_]+", name) and is_allowed(name)]
 
 
