@@ -10,6 +10,7 @@ import itertools
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -98,13 +99,9 @@ class Engine:
             for name, source in sources.items():
                 cursor.register(name, source)
             relation = cursor.sql(sql, params=dict(parameters) or None)
-            return relation.to_arrow_table() if fetch else None
+            return _fetched(cursor, relation) if fetch else None
         except duckdb.Error as error:
             raise _explain(error, _columns(sources)) from None
-        except RuntimeError as error:
-            if "interrupted" in str(error):  # Ctrl-C, as DuckDB tells it
-                raise KeyboardInterrupt from None
-            raise
         finally:
             for name in made:
                 cursor.remove_function(name)
@@ -117,6 +114,17 @@ class Engine:
             if self._connection is None:
                 self._connection = duckdb.connect(":memory:", config=_CONFIG)
             return self._connection.cursor()
+
+
+def _fetched(cursor: duckdb.DuckDBPyConnection, relation: duckdb.DuckDBPyRelation) -> pa.Table:
+    """The whole answer. DuckDB hears no signal while it works: another thread waits for it, so that Ctrl-C ends it."""
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(relation.to_arrow_table)
+        try:
+            return answer.result()
+        except KeyboardInterrupt:
+            cursor.interrupt()
+            raise
 
 
 def function_names() -> list[str]:
