@@ -31,7 +31,7 @@ from conjoin.pipeline.gates import Expected, GateResult, check_gates, check_inde
 from conjoin.pipeline.heartbeat import Heartbeat
 from conjoin.pipeline.hook import run_hook
 from conjoin.pipeline.index import build
-from conjoin.pipeline.night import Gate, Hook, Night, Trouble, bytes_of
+from conjoin.pipeline.night import Night, bytes_of
 from conjoin.pipeline.plan import Plan, changed_since, load_plan
 from conjoin.pipeline.progress import ShowProgress, silent
 from conjoin.pipeline.publish import Entry, Lease, check_lease, publish, reject, take_lease
@@ -185,7 +185,7 @@ def _night(tonight: _Tonight) -> Night:
             _rejected(tonight, error)
         hook = clock("hook", lambda: run_hook(tonight.config.publish, uri, entry))
     found = _report(tonight, "published", version, entry)
-    return _write(uri, replace(found, hook=None if hook is None else Hook(**asdict(hook))))
+    return _write(uri, replace(found, hook=hook))
 
 
 def _attempt(tonight: _Tonight) -> Attempt:
@@ -253,7 +253,6 @@ def _report(tonight: _Tonight, status: str, version: int, entry: Entry) -> Night
     uri, plan, records = tonight.uri, tonight.plan, tonight.records
     manifest = manifest_of_run(uri, plan.run_id)
     bad = rows_of(uri, manifest)
-    groups = () if bad is None else groups_of(bad)
     seconds = sum(record.seconds for record in records.values())
     embedded = sum(records[unit.number].planned for unit in plan.units if unit.embed and unit.number in records)
     return Night(
@@ -274,10 +273,10 @@ def _report(tonight: _Tonight, status: str, version: int, entry: Entry) -> Night
         fingerprint=plan.fingerprint,
         encoder=plan.encoder,
         counts={kind: count for kind, count in plan.counts.items() if count},
-        gates=tuple(Gate(**asdict(result)) for result in tonight.gates),
+        gates=tonight.gates,
         seconds=tonight.clock.seconds,
         indexes=tonight.indexes,
-        troubles=tuple(Trouble(**asdict(group)) for group in groups),
+        troubles=() if bad is None else groups_of(bad),
         left=tuple(sorted({path for record in records.values() for path in record.left})),
     )
 

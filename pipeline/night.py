@@ -12,31 +12,9 @@ from typing import cast
 
 from conjoin.encoders.spec import Json
 from conjoin.pipeline import runs, storage
-from conjoin.pipeline.hook import Hook as Hook
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """One gate: its sentence, and the figure and its limit where it is about one."""
-
-    name: str
-    passed: bool
-    detail: str
-    advice: str = ""
-    value: float | None = None
-    limit: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Trouble:
-    """One kind of trouble in quarantine after the night; reason: with `#` for numbers."""
-
-    stage: str
-    modality: str
-    reason: str
-    count: int
-    example: str = ""
-    example_id: str = ""
+from conjoin.pipeline.gates import GateResult
+from conjoin.pipeline.hook import Hook
+from conjoin.pipeline.quarantine import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +43,10 @@ class Night:
     fingerprint: str = ""
     encoder: str = ""
     counts: Mapping[str, int] = field(default_factory=dict)
-    gates: tuple[Gate, ...] = ()
+    gates: tuple[GateResult, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     indexes: tuple[Mapping[str, object], ...] = ()
-    troubles: tuple[Trouble, ...] = ()
+    troubles: tuple[Group, ...] = ()
     hook: Hook | None = None
     left: tuple[str, ...] = ()
     problem: str = ""
@@ -92,8 +70,8 @@ def from_json(raw: Mapping[str, object]) -> Night:
     for name in ("source", "left"):
         value = found.get(name) or ()
         found[name] = (value,) if isinstance(value, str) else tuple(cast("Sequence[str]", value))
-    found["gates"] = tuple(Gate(**_known(Gate, gate)) for gate in _rows(raw, "gates"))  # type: ignore[arg-type]  # JSON
-    found["troubles"] = tuple(Trouble(**_known(Trouble, row)) for row in _rows(raw, "troubles"))  # type: ignore[arg-type]  # JSON
+    found["gates"] = tuple(GateResult(**_known(GateResult, gate)) for gate in _rows(raw, "gates"))  # type: ignore[arg-type]  # JSON
+    found["troubles"] = tuple(Group(**_known(Group, row)) for row in _rows(raw, "troubles"))  # type: ignore[arg-type]  # JSON
     found["indexes"] = tuple(_rows(raw, "indexes"))
     hook = raw.get("hook")
     found["hook"] = Hook(**_known(Hook, cast("Mapping[str, object]", hook))) if hook else None  # type: ignore[arg-type]  # JSON

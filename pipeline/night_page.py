@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from conjoin.pipeline import runs, storage
-from conjoin.pipeline.night import Gate, Night
+from conjoin.pipeline.gates import GateResult
+from conjoin.pipeline.night import Night
 
 # What the plan counts, in the order of the page; what is not named here is shown by its own name.
 _COUNTS = {
@@ -117,7 +118,7 @@ def _counts(night: Night) -> str:
     return _table(("records", "rows"), rows)
 
 
-def _gates(gates: Sequence[Gate]) -> str:
+def _gates(gates: Sequence[GateResult]) -> str:
     rows = []
     for gate in sorted(gates, key=lambda gate: gate.passed):
         tone, word = ("good", "passed") if gate.passed else ("bad", "failed")

@@ -290,26 +290,6 @@ def check_ours(uri: str) -> lance.LanceDataset | None:
     return dataset
 
 
-def check_fits(dataset: lance.LanceDataset, schema: pa.Schema) -> None:
-    """Raises TableError if another encoder or another source filled the table."""
-    theirs, ours = vector_columns(dataset), columns_of_schema(schema)
-    where, advice = str(dataset.uri), "Name another table.path, or replace this one with `conjoin run --full`"
-    known, wanted = {c.fingerprint for c in theirs.values()}, {c.fingerprint for c in ours.values()}
-    if known != wanted:
-        encoders = ", ".join(sorted({column.encoder for column in theirs.values()}))
-        what = f"another encoder filled this table: {_short(known)} ({encoders}), not {_short(wanted)}"
-        raise TableError(what, where=where, next=advice)
-    before, after = ({f.name: str(f.type) for f in s} for s in (dataset.schema, schema))
-    names = [name for name in before | after if before.get(name) != after.get(name)]
-    if names:
-        changed = "; ".join(f"{n}: {before.get(n, 'absent')} there, {after.get(n, 'absent')} now" for n in names)
-        raise TableError(f"the table's columns differ from the source's: {changed}", where=where, next=advice)
-
-
-def _short(fingerprints: set[str]) -> str:
-    return ", ".join(sorted(fingerprint[:12] for fingerprint in fingerprints))
-
-
 Mode = Literal["create", "overwrite", "append"]
 
 

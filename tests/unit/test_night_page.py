@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from conjoin.pipeline import night, runs, storage
-from conjoin.pipeline.night import Gate, Hook, Night, Trouble, bytes_of, from_json, read_night
+from conjoin.pipeline.gates import GateResult
+from conjoin.pipeline.hook import Hook
+from conjoin.pipeline.night import Night, bytes_of, from_json, read_night
 from conjoin.pipeline.night_page import render, write
+from conjoin.pipeline.quarantine import Group
 
 NIGHT = Night(
     run_id="shop-2026-11-26",
@@ -25,14 +28,14 @@ NIGHT = Night(
     bytes_written=184_000_000,
     counts={"new": 1203, "changed": 877, "changed_text": 850, "skipped": 60_000, "odd": 3, "kept": 0},
     gates=(
-        Gate("rows", True, "81,000 rows"),
-        Gate("row change", False, "32.5% <b>", "raise it", 0.325, 0.05),
-        Gate("recall", True, "image", value=0.99),
-        Gate("recall", True, "text", value=0.97),
+        GateResult("rows", True, "81,000 rows"),
+        GateResult("row change", False, "32.5% <b>", "raise it", 0.325, 0.05),
+        GateResult("recall", True, "image", value=0.99),
+        GateResult("recall", True, "text", value=0.97),
     ),
     seconds={"embed": 912.4, "index": 301.7},
     indexes=({"column": "image_vec", "kind": "IVF_PQ", "recall": 0.993},),
-    troubles=(Trouble("fetch", "image", "nothing there [...]", 200, "<script>", "sku-1"),),
+    troubles=(Group("fetch", "image", "nothing there [...]", 200, "<script>", "sku-1"),),
     hook=Hook("curl $URL", 7, 1.2, "failed to connect"),
     left=("part-7.parquet",),
     problem="row change: too much",
@@ -89,8 +92,8 @@ def test_everything_is_escaped_and_nothing_is_loaded() -> None:
             indexes=({nasty: nasty},),
             left=(nasty,),
             hook=Hook(nasty, 1, 1, nasty),
-            gates=(Gate(nasty, False, nasty, nasty),),
-            troubles=(Trouble(nasty, nasty, nasty, 1, nasty, nasty),),
+            gates=(GateResult(nasty, False, nasty, nasty),),
+            troubles=(Group(nasty, nasty, nasty, 1, nasty, nasty),),
         ),
         links=("report.json",),
     )

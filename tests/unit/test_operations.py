@@ -17,7 +17,9 @@ import yaml
 
 from conjoin.jobs.cli import main
 from conjoin.pipeline import publish, runs, state, storage, store
-from conjoin.pipeline.night import Gate, Hook, Night
+from conjoin.pipeline.gates import GateResult
+from conjoin.pipeline.hook import Hook
+from conjoin.pipeline.night import Night
 from conjoin.pipeline.quarantine import quarantine_schema, replace_rows
 from conjoin.pipeline.retries import due
 
@@ -54,7 +56,7 @@ def uri(make_table: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     made = str(make_table(40, dim=8, live=False).uri)
     publish.publish(made, 1, RUN)
-    gates = (Gate("recall", True, "fine", value=0.993, limit=0.99),)
+    gates = (GateResult("recall", True, "fine", value=0.993, limit=0.99),)
     night = Night(RUN, "published", version=1, rows=40, quarantined=2, counts={"new": 40}, gates=gates)
     over(made, night)
     write_run_file(made)

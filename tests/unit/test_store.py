@@ -166,25 +166,6 @@ def test_a_table_of_somebody_else_is_left_alone(uri: str) -> None:
     assert ids_of(uri) == ["x"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"fingerprint": "0" * 32}, "another encoder filled this table: ffffffffffff"),
-        ({"kept": pa.schema([("price", pa.int64())])}, "price: double there, int64 now"),
-        ({"kept": pa.schema([])}, "price: double there, absent now"),
-        ({"id_type": pa.int64()}, "id: string there, int64 now"),
-    ],
-    ids=["encoder", "type", "column", "id"],
-)
-def test_a_table_that_does_not_fit_is_refused(uri: str, changes: dict[str, object], message: str) -> None:
-    store.commit(uri, work(uri, "r1", [["a"]]))
-    head = store.check_ours(uri)
-    assert head is not None
-    store.check_fits(head, store.table_schema(layout()))
-    with pytest.raises(TableError, match=message):
-        store.check_fits(head, store.table_schema(layout(**changes)))
-
-
 def test_versions_that_are_missing_are_named(uri: str) -> None:
     store.commit(uri, work(uri, "r1", [["a"]]))
     with pytest.raises(TableError, match="no version 'live'"):
