@@ -105,7 +105,7 @@ def export_delta(uri: str, to: str, *, since: str, until: str = store.LIVE, part
 
 def published(uri: str, name: str) -> lance.LanceDataset:
     """A version that readers saw or see, by tag, number or run id. Raises TableError saying what is wrong with it."""
-    moves = history(uri)
+    moves = [entry for entry in history(uri) if entry.action != "rejected"]
     ran = next((entry.version for entry in moves if entry.run_id == name), None)
     number = int(name) if name.isdigit() else ran
     if number is not None and moves and all(entry.version != number for entry in moves):
@@ -117,7 +117,7 @@ def published(uri: str, name: str) -> lance.LanceDataset:
     except TableError as error:
         if number is None or store.head(uri) is None:
             raise
-        advice = "Export everything instead, with --since 0; `table.keep_days` says how long versions stay"
+        advice = "Export everything instead, with --since 0; `upkeep.keep_days` says how long versions stay"
         raise TableError(f"version {number} was cleaned up", where=uri, next=advice) from error
 
 
