@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from conjoin.pipeline import runs, storage, store
 from conjoin.pipeline.publish import DETACHED
-from conjoin.pipeline.retention import GRACE_DAYS, Retention, retention
+from conjoin.pipeline.retention import GRACE_DAYS, retention
 from conjoin.pipeline.state import read_manifest
 
 if TYPE_CHECKING:
@@ -79,11 +79,11 @@ def rubbish(uri: str, upkeep: Upkeep, now: dt.datetime | None = None) -> Rubbish
     late_s = (now - dt.datetime.now(dt.UTC)).total_seconds()
     unfinished = runs.unfinished(uri)
     decided = retention(uri, upkeep, now)
-    manifests = list(_manifests(uri, decided.kept))
+    manifests = list(manifests_of(uri, decided.kept))
     left = _quarantined(uri, {run for manifest in manifests for run in manifest.quarantine} | set(unfinished))
     found = Rubbish(
         uri,
-        state=tuple(_state(uri, manifests, unfinished, late_s)),
+        state=tuple(state_left(uri, manifests, unfinished, GRACE_DAYS * _DAY_S - late_s)),
         plans=tuple(_plans(uri, upkeep, unfinished, late_s)),
         leases=tuple(_leases(uri, late_s)),
         quarantine_runs=left[0],
@@ -96,7 +96,7 @@ def rubbish(uri: str, upkeep: Upkeep, now: dt.datetime | None = None) -> Rubbish
         tags=decided.tags,
         versions=decided.versions,
         version_bytes=_version_bytes(uri, decided.versions),
-        orphans=tuple(_orphans(uri, decided, upkeep, late_s)),
+        orphans=tuple(orphans(uri, decided.kept, upkeep.orphan_days * _DAY_S - late_s)),
     )
 
 
@@ -122,7 +122,8 @@ def housekeep(uri: str, upkeep: Upkeep) -> tuple[Item, ...]:
     return clean(rubbish(uri, upkeep), orphans=False)
 
 
-def _manifests(uri: str, kept: Iterable[int]) -> Iterator[Manifest]:
+def manifests_of(uri: str, kept: Iterable[int]) -> Iterator[Manifest]:
+    """The manifests that these versions come from, each once."""
     seen = set()
     for version in kept:
         dataset = store.open_version(uri, version)
@@ -142,16 +143,16 @@ def _version_bytes(uri: str, versions: Collection[int]) -> int:
     return int(found.stats.bytes_removed)
 
 
-def _orphans(uri: str, decided: Retention, upkeep: Upkeep, late_s: float) -> Iterator[FileStat]:
-    """Files that neither a version of the head's line nor a kept version beside it names, past their grace."""
+def orphans(uri: str, kept: Collection[int], min_age_s: float) -> Iterator[FileStat]:
+    """Files of the table that neither a version of the head's line nor a kept version beside it names."""
     head = store.open_version(uri, None)
     named = {path for batch in head.tracked_files() for path in batch.column("path").to_pylist()}
-    for version in decided.kept:
+    for version in kept:
         if version >= DETACHED:
             named |= set(_files_of(store.open_version(uri, version)))
     for stat, age_s in storage.list_ages(uri):
         path = _below(uri, stat.uri)
-        if path.startswith(_OURS) and path not in named and age_s + late_s > upkeep.orphan_days * _DAY_S:
+        if path.startswith(_OURS) and path not in named and age_s > min_age_s:
             yield stat
 
 
@@ -172,8 +173,10 @@ def _files_of(dataset: lance.LanceDataset) -> Iterator[str]:
             yield deletions
 
 
-def _state(uri: str, manifests: Iterable[Manifest], unfinished: Collection[str], late_s: float) -> Iterator[FileStat]:
-    """State files of runs that no kept version comes from, but for those whose files a kept manifest names."""
+def state_left(
+    uri: str, manifests: Iterable[Manifest], unfinished: Collection[str], min_age_s: float
+) -> Iterator[FileStat]:
+    """State files of runs that none of the manifests is of, but for those whose files one of them names."""
     base = storage.join(store.bookkeeping(uri), "state")
     runs_kept, named = set(unfinished), set()
     for manifest in manifests:
@@ -181,21 +184,32 @@ def _state(uri: str, manifests: Iterable[Manifest], unfinished: Collection[str],
         named |= {entry.path for entry in manifest.files}
     for stat, age_s in storage.list_ages(base):
         path = _below(base, stat.uri)
-        old = age_s + late_s > GRACE_DAYS * _DAY_S
-        if old and path.split("/", 1)[0] not in runs_kept and f"state/{path}" not in named:
+        if age_s > min_age_s and path.split("/", 1)[0] not in runs_kept and f"state/{path}" not in named:
             yield stat
 
 
 def _plans(uri: str, upkeep: Upkeep, unfinished: Collection[str], late_s: float) -> Iterator[FileStat]:
-    """What runs that are over, or died before their plan was whole, left beside their report and its page."""
+    """What runs that are over, or died before their plan was whole, left long enough ago."""
+    over = set(runs.run_ids(uri)) - set(unfinished)
+    for stat, age_s in plans_left(uri, unfinished):
+        days = upkeep.keep_run_days if _run_of(uri, stat.uri) in over else upkeep.orphan_days
+        if age_s + late_s > days * _DAY_S:
+            yield stat
+
+
+def _run_of(uri: str, path: str) -> str:
+    return _below(storage.join(store.bookkeeping(uri), "runs"), path).partition("/")[0]
+
+
+def plans_left(uri: str, unfinished: Collection[str]) -> Iterator[tuple[FileStat, float]]:
+    """(file, its age in seconds) of runs that are not at work, beside their reports and pages."""
     base = storage.join(store.bookkeeping(uri), "runs")
     over = set(runs.run_ids(uri)) - set(unfinished)
     for stat, age_s in storage.list_ages(base):
         run, _, path = _below(base, stat.uri).partition("/")
-        days = upkeep.keep_run_days if run in over else upkeep.orphan_days
         reported = run in over and "/" not in path and path not in _PLAN_FILES
-        if run not in unfinished and not reported and age_s + late_s > days * _DAY_S:
-            yield stat
+        if run not in unfinished and not reported:
+            yield stat, age_s
 
 
 def _leases(uri: str, late_s: float) -> Iterator[FileStat]:
