@@ -43,16 +43,17 @@ def rows(ids: Sequence[str], price: float = 1.0) -> pa.Table:
 
 @dataclass
 class Nights:
-    """files: ids by source file as they are now; bad: ids in quarantine."""
+    """files: ids by source file as they are now; bad: ids in quarantine; where: of the table, the folder by default."""
 
     folder: Path
     files: dict[str, list[str]] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
     done: int = 0
+    where: str = ""
 
     @property
     def uri(self) -> str:
-        return str(self.folder / "things.lance")
+        return f"{self.where or self.folder}/things.lance"
 
     @property
     def books(self) -> Path:
