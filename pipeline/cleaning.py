@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from conjoin.pipeline import runs, storage, store
 from conjoin.pipeline.publish import DETACHED
-from conjoin.pipeline.retention import GRACE_DAYS, retention
-from conjoin.pipeline.state import read_manifest
+from conjoin.pipeline.retention import GRACE_DAYS, manifests_of, retention
 
 if TYPE_CHECKING:
     import lance
@@ -120,19 +119,6 @@ def clean(found: Rubbish, *, orphans: bool = True) -> tuple[Item, ...]:
 def housekeep(uri: str, upkeep: Upkeep) -> tuple[Item, ...]:
     """A night's own share, when it is over: everything but files that no version names, which are only counted."""
     return clean(rubbish(uri, upkeep), orphans=False)
-
-
-def manifests_of(uri: str, kept: Iterable[int]) -> Iterator[Manifest]:
-    """The manifests that these versions come from, each once."""
-    seen = set()
-    for version in kept:
-        dataset = store.open_version(uri, version)
-        run = store.run_of(dataset).get(store.RUN_ID)
-        if run is not None and run not in seen:
-            seen.add(run)
-            manifest = read_manifest(dataset)
-            if manifest is not None:
-                yield manifest
 
 
 def _version_bytes(uri: str, versions: Collection[int]) -> int:

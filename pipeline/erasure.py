@@ -20,6 +20,7 @@ from conjoin.pipeline.index import incomplete
 from conjoin.pipeline.night import Night
 from conjoin.pipeline.publish import DETACHED, PREVIOUS, REJECTED, check_lease, publish, take_lease
 from conjoin.pipeline.quarantine import replace_rows, rows_of
+from conjoin.pipeline.retention import manifests_of
 from conjoin.pipeline.traces import Check, Tracer, in_parquet, in_source, keys_of, prove, without
 
 if TYPE_CHECKING:
@@ -260,7 +261,7 @@ def _left(uri: str) -> Iterator[lance.LanceDataset]:
 def _clean_books(uri: str, tracer: Tracer) -> tuple[int, int]:
     """(files removed, files redacted): state nobody names, measures, plans and units; words in what else there is."""
     kept = [int(dataset.version) for dataset in _left(uri) if str(dataset.uri) == uri or _same(dataset, uri)]
-    gone = list(cleaning.state_left(uri, cleaning.manifests_of(uri, kept), (), -1.0))
+    gone = list(cleaning.state_left(uri, manifests_of(uri, kept), (), -1.0))
     gone += [stat for stat, _ in cleaning.plans_left(uri, ())]
     for stat in gone:
         storage.remove(stat.uri)

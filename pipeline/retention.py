@@ -7,16 +7,18 @@ with it; no run is under way or unfinished while versions go.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from conjoin.pipeline import store
 from conjoin.pipeline.publish import DETACHED, REJECTED, history
+from conjoin.pipeline.state import manifest_of_run
 
 if TYPE_CHECKING:
     import lance
 
+    from conjoin.pipeline.state import Manifest
     from conjoin.pipeline.upkeep import Upkeep
 
 # Readers of the head, not of a tag, may still be at work on what was the head an hour ago.
@@ -40,9 +42,21 @@ def retention(uri: str, upkeep: Upkeep, now: dt.datetime) -> Retention:
     kept = {int(tag["version"]) for name, tag in tags.items() if name not in old} | {int(head.version)}
     kept |= _published(uri, upkeep, now) & stamps.keys()
     kept |= {version for version, stamp in stamps.items() if (now - stamp).total_seconds() < GRACE_DAYS * 86_400}
+    line = Line(head)
     for version in tuple(kept):
-        kept |= set(made_of(store.open_version(uri, version))) & stamps.keys()
+        kept |= set(line.walk(version)[0]) & stamps.keys()
     return Retention(frozenset(kept), tuple(sorted(stamps.keys() - kept)), old)
+
+
+def manifests_of(uri: str, versions: Iterable[int]) -> Iterator[Manifest]:
+    """The manifests of the runs that these versions come from, each once."""
+    line, seen = Line(store.open_version(uri, None)), set()
+    for version in versions:
+        facts = line.walk(version)[1]
+        run_id = facts.get(store.RUN_ID)
+        if run_id is not None and store.STATE in facts and run_id not in seen:
+            seen.add(run_id)
+            yield manifest_of_run(uri, run_id)
 
 
 def _stamps(head: lance.LanceDataset) -> dict[int, dt.datetime]:
@@ -64,22 +78,45 @@ def _published(uri: str, upkeep: Upkeep, now: dt.datetime) -> set[int]:
     return {*newest, *(entry.version for entry in moves if now - dt.datetime.fromisoformat(entry.at) <= late)}
 
 
-def made_of(dataset: lance.LanceDataset) -> Iterator[int]:
-    """The versions from this one down to the commit of its run, restored ones and the Restores themselves included."""
-    import lance
+class Line:
+    """What versions were made of, each transaction read once however many versions lead over it."""
 
-    version = int(dataset.version)
-    while version > 0:
-        yield version
+    def __init__(self, head: lance.LanceDataset) -> None:
+        self._head = head
+        self._known: dict[int, tuple[int, Mapping[str, str]]] = {}
+
+    def walk(self, version: int) -> tuple[list[int], Mapping[str, str]]:
+        """(versions from this one down to its run's commit, Restores and what they restored too; the commit's facts).
+
+        The facts are empty where the walk ends without a run, as store.run_of's are.
+        """
+        met: list[int] = []
+        facts: Mapping[str, str] = {}
+        while version > 0 and not facts:
+            met.append(version)
+            version, facts = self._step(version)
+        return met, facts
+
+    def _step(self, version: int) -> tuple[int, Mapping[str, str]]:
+        """(the version below, 0 at the end; the facts of a run's commit)."""
+        if version not in self._known:
+            self._known[version] = self._read(version)
+        return self._known[version]
+
+    def _read(self, version: int) -> tuple[int, Mapping[str, str]]:
+        import lance
+
+        below = 0 if version >= DETACHED else version - 1
+        dataset = store.open_version(str(self._head.uri), version) if version >= DETACHED else self._head
         try:
             transaction = dataset.read_transaction(version)
         except TypeError:  # as in store.lineage: a compaction
-            transaction = None
+            return below, {}
         except (OSError, ValueError):
-            return
-        if transaction is not None and isinstance(transaction.operation, lance.LanceOperation.Restore):
-            version = int(transaction.operation.version)
-            continue
-        if version >= DETACHED or (transaction and store.RUN_ID in (transaction.transaction_properties or {})):
-            return
-        version -= 1
+            return 0, {}
+        if transaction is None:
+            return below, {}
+        if isinstance(transaction.operation, lance.LanceOperation.Restore):
+            return int(transaction.operation.version), {}
+        facts = transaction.transaction_properties or {}
+        return below, facts if store.RUN_ID in facts else {}

@@ -18,8 +18,8 @@ from conjoin.pipeline.upkeep import Upkeep
 
 
 @pytest.fixture
-def shop(tmp_path: Path, small_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
-    made = open_shop(tmp_path, small_encoder, monkeypatch)
+def shop(tmp_path: Path, things_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
+    made = open_shop(tmp_path, things_encoder, monkeypatch)
     made.night()
     return made
 
