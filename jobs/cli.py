@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from conjoin.jobs import queries
+from conjoin.jobs import queries, upkeep
 from conjoin.jobs.operations import commands
 from conjoin.jobs.queries import Csv, Json, Out, one_style, query
+from conjoin.jobs.upkeep import export_changes
 
 if TYPE_CHECKING:
     from conjoin.jobs.config import RunFile
@@ -200,24 +201,40 @@ def evaluate(
 
 @app.command()
 def export(
-    encoder: Annotated[str, typer.Argument(help="the encoder's folder, local or s3://")],
     to: Annotated[str, typer.Option("--to", help="the folder to write, local or s3://; must not hold anything yet")],
+    what: Annotated[
+        str | None,
+        typer.Argument(metavar="[ENCODER]", help="an encoder's folder; with --since a run file, or a table's path"),
+    ] = None,
     form: Annotated[
         Form | None,
         typer.Option(
             "--as", help="the library to write for; default: transformers, sentence-transformers for text alone"
         ),
     ] = None,
+    since: Annotated[
+        str | None, typer.Option(help="changes since then: a tag, version or run that was published; 0: everything")
+    ] = None,
+    until: Annotated[str, typer.Option(help="with --since: up to this tag, version or run")] = "live",
     as_json: Json = False,
 ) -> None:
     """Write an encoder for another library, with a model card; it is loaded again and compared before it counts.
 
     As sentence-transformers goes the text tower with its head, as transformers a pair that is a CLIP, SigLIP or CLAP
     model; linear heads are folded in. What cannot be written exactly is refused with the reason.
+    With --since: the table's upserts and deletes between two published versions, vectors too, as Parquet for whoever
+    serves search elsewhere; manifest.json comes last.
     """
+    if since is not None:
+        delta = export_changes(what or str(DEFAULT), to, since, until)
+        print(json.dumps(delta.to_json(), indent=1) if as_json else to)
+        print(f"{delta.upserts:,} upserts, {delta.deletes:,} deletes", file=sys.stderr)
+        return
+    if what is None:
+        raise typer.BadParameter("name an encoder's folder, or --since a version")
     from conjoin.pipeline.exchange import export_encoder
 
-    loads_as = export_encoder(encoder, to, form)
+    loads_as = export_encoder(what, to, form)
     if as_json:
         print(json.dumps({"directory": to, "loads_as": loads_as}, indent=1))
         return
@@ -300,6 +317,7 @@ def search(
 
 
 app.add_typer(commands)
+app.add_typer(upkeep.commands)
 
 
 @app.command()

@@ -29,6 +29,7 @@ table:
 # embed: {{precision: auto, max_bad_fraction: 0.001}}   # more quarantined rows than this stop the night
 # gates: {{row_change: 0.05}}                           # what must hold before readers see a version
 # limits: {{hours: 6, cost: 400}}                       # a plan above them does not start
+# upkeep: {{keep_days: 30, keep_versions: 7}}           # `conjoin clean` shows what may go
 # tables: {{orders: orders/*.parquet}}                  # further tables that SQL can join, by name
 
 train:                        # a recipe: editing it never re-embeds anything

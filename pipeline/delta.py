@@ -6,6 +6,7 @@ moved or compacted is not in a delta. Memory does not grow with the table: ids s
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -100,12 +101,27 @@ def export_delta(uri: str, to: str, *, since: str, until: str = store.LIVE, part
         files=files,
     )
     storage.write_json(storage.join(to, MANIFEST), {**delta.to_json(), "schema": _described(after.schema)})
+    _note(delta)
     return delta
+
+
+def _note(delta: Delta) -> None:
+    """So that whoever must forget an id is told where it was sent."""
+    to = storage.absolute(delta.to)
+    name = hashlib.blake2b(to.encode(), digest_size=8).hexdigest()
+    path = storage.join(store.bookkeeping(delta.table), "exports", f"{name}.json")
+    storage.write_json(path, {"to": to, "since": delta.since.version, "until": delta.until.version})
+
+
+def exports_of(uri: str) -> list[str]:
+    """Folders that deltas of a table were written to; some may be gone."""
+    found = storage.list_files(storage.join(store.bookkeeping(uri), "exports"))
+    return [str(storage.read_json(path)["to"]) for path in found]
 
 
 def published(uri: str, name: str) -> lance.LanceDataset:
     """A version that readers saw or see, by tag, number or run id. Raises TableError saying what is wrong with it."""
-    moves = history(uri)
+    moves = [entry for entry in history(uri) if entry.action != "rejected"]
     ran = next((entry.version for entry in moves if entry.run_id == name), None)
     number = int(name) if name.isdigit() else ran
     if number is not None and moves and all(entry.version != number for entry in moves):
@@ -117,7 +133,7 @@ def published(uri: str, name: str) -> lance.LanceDataset:
     except TableError as error:
         if number is None or store.head(uri) is None:
             raise
-        advice = "Export everything instead, with --since 0; `table.keep_days` says how long versions stay"
+        advice = "Export everything instead, with --since 0; `upkeep.keep_days` says how long versions stay"
         raise TableError(f"version {number} was cleaned up", where=uri, next=advice) from error
 
 

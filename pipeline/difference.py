@@ -121,8 +121,8 @@ def difference(before: lance.LanceDataset | None, after: lance.LanceDataset) -> 
 
     before: None where there is no earlier version; then every row is added.
     """
-    theirs = {} if before is None else _fragments(before)
-    ours = _fragments(after)
+    theirs = {} if before is None else fragments_by_file(before)
+    ours = fragments_by_file(after)
     removed = [_whole(known) for key, known in theirs.items() if key not in ours]
     added = [_whole(known) for key, known in ours.items() if key not in theirs]
     both: list[Shared] = []
@@ -148,7 +148,7 @@ def difference(before: lance.LanceDataset | None, after: lance.LanceDataset) -> 
     )
 
 
-def _fragments(dataset: lance.LanceDataset) -> dict[str, lance.LanceFragment]:
+def fragments_by_file(dataset: lance.LanceDataset) -> dict[str, lance.LanceFragment]:
     """Fragments by the path of the data file that holds their ids, which is the same in every version."""
     key = _leaves(dataset)["id"]
     return {_files(fragment, key)[0][0]: fragment for fragment in dataset.get_fragments()}

@@ -20,8 +20,8 @@ def run_directory(uri: str, run_id: str) -> str:
 
 
 def run_ids(uri: str) -> list[str]:
-    """Every run that was planned, by name and then by the number after it."""
-    return sorted(_with(uri, _PLAN), key=_order)
+    """Every run that was planned, by name and then by the number after it; of old ones only the report is left."""
+    return sorted({*_with(uri, _PLAN), *_with(uri, _REPORT)}, key=_order)
 
 
 def _order(run_id: str) -> tuple[str, int]:

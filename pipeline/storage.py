@@ -7,6 +7,7 @@ botocore's and s3fs's own repeats are switched off, so that a wrong endpoint is 
 
 from __future__ import annotations
 
+import datetime as dt
 import errno
 import json
 import os
@@ -15,7 +16,7 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -351,6 +352,19 @@ def list_stats(uri: str) -> list[FileStat]:
     fs, path = filesystem(uri)
     found = retry(lambda: fs.find(path, detail=True) if fs.exists(path) else {}, verb="list", where=uri)
     return [_stat(uri, found[name]) for name in sorted(found)]
+
+
+def list_ages(uri: str) -> list[tuple[FileStat, float]]:
+    """Every file below a directory with the seconds since it was written, sorted by URI."""
+    fs, path = filesystem(uri)
+    found = retry(lambda: fs.find(path, detail=True) if fs.exists(path) else {}, verb="list", where=uri)
+    return [(_stat(uri, found[name]), time.time() - _written(found[name])) for name in sorted(found)]
+
+
+def _written(info: Mapping[str, object]) -> float:
+    """Seconds since 1970."""
+    when = info.get("LastModified", info.get("mtime", 0))
+    return when.timestamp() if isinstance(when, dt.datetime) else float(str(when))
 
 
 def match_stats(pattern: str) -> list[FileStat]:

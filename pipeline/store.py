@@ -386,7 +386,7 @@ def _commit(uri: str, work: Commit, *, detached: bool) -> lance.LanceDataset:
     read_version = work.read_version if work.edits is None else int(open_version(uri, None).version)
     transaction = lance.Transaction(
         read_version=read_version,
-        operation=_operation(work),
+        operation=operation_of(work),
         transaction_properties={**work.properties, RUN_ID: work.run_id},
     )
     try:
@@ -401,7 +401,7 @@ def _commit(uri: str, work: Commit, *, detached: bool) -> lance.LanceDataset:
         raise _storage_error(error, "commit", uri) from error
 
 
-def _operation(work: Commit) -> lance.LanceOperation.BaseOperation:
+def operation_of(work: Commit) -> lance.LanceOperation.BaseOperation:
     import lance
     from lance.fragment import FragmentMetadata
 
