@@ -142,6 +142,7 @@ class _Tonight:
     progress: ShowProgress
     clock: _Clock = field(default_factory=_Clock)
     records: Mapping[int, Record] = field(default_factory=dict)
+    candidate: int = 0
     gates: tuple[GateResult, ...] = ()
     indexes: tuple[Mapping[str, object], ...] = ()
 
@@ -183,6 +184,7 @@ def _night(tonight: _Tonight) -> Night:
             entry = step("publish", lambda: publish(uri, version, plan.run_id, tonight.lease))
         except GateError as error:
             _rejected(tonight, error)
+        heart.step("hook")
         hook = clock("hook", lambda: run_hook(tonight.config.publish, uri, entry))
     found = _report(tonight, "published", version, entry)
     return _write(uri, replace(found, hook=hook))
@@ -200,6 +202,7 @@ def _attempt(tonight: _Tonight) -> Attempt:
 
 
 def _judge(tonight: _Tonight, candidate: lance.LanceDataset) -> tuple[GateResult, ...]:
+    tonight.candidate = int(candidate.version)
     planned, gates = tonight.plan.catalog(tonight.catalog), tonight.config.gates
     return check_gates(candidate, _expected(tonight), gates, _live(tonight.uri), planned)
 
@@ -241,7 +244,7 @@ def _rejected(tonight: _Tonight, error: GateError) -> NoReturn:
     uri, run_id = tonight.uri, tonight.plan.run_id
     tonight.gates = error.results
     version = store.committed(uri, run_id)
-    number = int(error.where.rpartition(" ")[2]) if version is None else int(store.open_version(uri, None).version)
+    number = tonight.candidate if version is None else int(store.open_version(uri, None).version)
     entry = reject(uri, number, run_id)
     if _live(uri) is not None:
         store.restore(uri)

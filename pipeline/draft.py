@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,7 +76,7 @@ def base_of(uri: str, *, full: bool = False, restoring: bool = True) -> Base:
     return Base(open_version(uri, None), live if manifest else None, manifest)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: cached_property needs a __dict__
 class Draft:
     """anew: modalities whose vectors are all computed again; schema, change: of the table's columns."""
 
@@ -97,22 +98,26 @@ class Draft:
         """Kept columns, as the table calls them."""
         return tuple(dict.fromkeys(self.catalog.source.keep))
 
+    @cached_property
     def units(self) -> tuple[_Cut, ...]:
         """All the work in order, without the rows."""
-        size = unit_rows(self.catalog.embed.unit_rows, sum(file.num_rows for file in self.found.files), _bytes(self))
+        rows = sum(file.num_rows for file in self.found.files)
+        size = unit_rows(self.catalog.embed.unit_rows, rows, row_bytes(self.schema, self.thumbnail_px))
         return (*_inserts(self, size), *_rewrites(self))
 
     @property
     def embedded(self) -> int:
         """Rows that some tower looks at."""
-        return sum(piece.rows for piece in self.units() if piece.embed)
+        return sum(piece.rows for piece in self.units if piece.embed)
 
     def distinct(self, modality: str) -> int | None:
         """Different contents that a tower will see; None where only reading them tells."""
         selected = f"FROM rows WHERE {self._seen_by(modality)}"
-        unknown = _scalar(self.comparison, f"SELECT count(*) {selected} AND {modality}_hash IS NULL")
-        missing = 0 if self._is_deep(modality) else unknown
-        if self.base.manifest is None or unknown > missing:
+        if self.base.manifest is None:
+            return None
+        if self._is_deep(modality) and _scalar(
+            self.comparison, f"SELECT count(*) {selected} AND {modality}_hash IS NULL"
+        ):
             return None
         return _scalar(self.comparison, f"SELECT count(DISTINCT {modality}_hash) {selected}")
 
@@ -120,7 +125,7 @@ class Draft:
         """URIs that workers will fetch, equal ones of one night counted once where known."""
         contents = self.comparison.question.columns.contents
         uris = [m for m in self.modalities if contents[m] == "uri"]
-        rows = {m: sum(piece.rows for piece in self.units() if m in piece.embed) for m in uris}
+        rows = {m: sum(piece.rows for piece in self.units if m in piece.embed) for m in uris}
         return sum(rows[m] if (known := self.distinct(m)) is None else min(known, rows[m]) for m in uris)
 
     def bytes_of_recalled(self) -> int:
@@ -223,10 +228,6 @@ def _added(base: Base, anew: Sequence[str]) -> bool:
     return not any(f"{modality}_vec" in base.live.schema.names for modality in anew)
 
 
-def _bytes(draft: Draft) -> int:
-    return row_bytes(draft.schema, draft.thumbnail_px)
-
-
 _INSERTED = "(kind IN ('new', 'changed') OR (retold AND address IS NULL))"
 _REWRITTEN = "(address IS NOT NULL AND kind NOT IN ('new', 'changed') AND (retold OR kind = 'kept'))"
 
@@ -320,7 +321,7 @@ def _write_rows(draft: Draft, folder: Path) -> tuple[Unit, ...]:
     units: list[Unit] = []
     names = ", ".join(schema.names[1:])
     with pq.ParquetWriter(folder / f"{plans.ROWS}.parquet", schema, compression="zstd") as writer:
-        for where, group in _by_where(draft.units()):
+        for where, group in _by_where(draft.units):
             rows = _Rows(draft.comparison.stream(f"SELECT {names} FROM rows WHERE {where}"))
             for piece in group:
                 table = rows.take(piece.rows)

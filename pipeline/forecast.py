@@ -81,7 +81,7 @@ _NAMES = {
 
 def forecast(draft: Draft, expected: Estimate | None = None, over: str = "") -> Forecast:
     """The draft in numbers. over: what is above the limits."""
-    units = draft.units()
+    units = draft.units
     embed = {m: sum(unit.rows for unit in units if m in unit.embed) for m in draft.modalities}
     files, listed = draft.comparison.files, draft.found.files
     return Forecast(

@@ -68,7 +68,8 @@ def _kept_rows(run: str, plan: Plan, record: Record, *, left: bool = False) -> p
 def prepare(uri: str, run: str, plan: Plan, records: Mapping[int, Record]) -> store.Commit:
     """Write state, quarantine and edits of a run (its directory is `run`); returns the commit that makes them count."""
     check_conserved(run, plan, records)
-    _write_state(uri, run, plan, records)
+    gone = None if plan.whole else _gone(run, plan, records)
+    _write_state(uri, run, plan, records, num_gone=0 if gone is None else len(gone))
     _fill_quarantine(uri, run, plan, records)
     inserted = [records[unit.number].fragment for unit in plan.units if unit.operation == INSERT]
     return store.Commit(
@@ -81,19 +82,18 @@ def prepare(uri: str, run: str, plan: Plan, records: Mapping[int, Record]) -> st
             store.PLAN: plan.digest,
             store.STATE: state.manifest_path(plan.run_id),
         },
-        edits=None if plan.whole else _edits(uri, run, plan, records),
+        edits=None if gone is None else _edits(uri, run, plan, records, gone),
     )
 
 
-def _write_state(uri: str, run: str, plan: Plan, records: Mapping[int, Record]) -> None:
+def _write_state(uri: str, run: str, plan: Plan, records: Mapping[int, Record], *, num_gone: int) -> None:
     """State files of the files that were opened, then the manifest, which takes the others over from the base run."""
-    before = {} if plan.whole else {s.file.path: s for s in state.manifest_of_run(uri, plan.base_run).files}
+    base = None if plan.whole else state.manifest_of_run(uri, plan.base_run)
+    before = {} if base is None else {entry.file.path: entry for entry in base.files}
     stated = {number: plan.files[number] for number in plan.stated}
     with _stated_rows(run, plan, records) as rows:
         written = state.write_state(uri, plan.run_id, stated, rows)
     kept = [before[file.path] for number, file in enumerate(plan.files) if number not in stated]
-    base_rows = 0 if plan.whole else state.manifest_of_run(uri, plan.base_run).rows
-    gone = 0 if plan.whole else len(_gone(run, plan, records))
     inserted = sum(records[unit.number].rows for unit in plan.units if unit.operation == INSERT)
     state.write_manifest(
         uri,
@@ -103,7 +103,7 @@ def _write_state(uri: str, run: str, plan: Plan, records: Mapping[int, Record]) 
             encoder=plan.encoder,
             config=plan.config,
             plan=plan.digest,
-            rows=base_rows - gone + inserted,
+            rows=(0 if base is None else base.rows) - num_gone + inserted,
             files=tuple(sorted([*written, *kept], key=lambda entry: entry.file.path)),
             quarantine=(plan.run_id,),
             precision=plan.precision,
@@ -161,14 +161,13 @@ def _as_they_were(rows: pa.Table, names: Sequence[str]) -> pa.Table:
     return old.filter(any_known)
 
 
-def _edits(uri: str, run: str, plan: Plan, records: Mapping[int, Record]) -> store.Edits:
+def _edits(uri: str, run: str, plan: Plan, records: Mapping[int, Record], gone: np.ndarray) -> store.Edits:
     """Deletions and rewrites of existing fragments, staged once: a repeated landing finds them written down."""
     path = storage.join(run, "edits.json")
     if storage.exists(path):
         raw = cast("dict[str, list[int]]", storage.read_json(path))
         return store.Edits(raw["updated"], raw["removed"], raw["fields"], int(cast(int, raw["deleted"])))
     head = store.open_version(uri, None)
-    gone = _gone(run, plan, records)
     rewritten = [records[unit.number] for unit in plan.units if unit.operation == REWRITE]
     fragments = {plan.units[r.unit].fragment: r.fragment for r in rewritten if r.fragment is not None}
     updated, removed = edits.merged(fragments, edits.delete(head, gone))
