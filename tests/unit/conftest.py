@@ -15,10 +15,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from command import Run, runner
 from lance.fragment import write_fragments
 
 if TYPE_CHECKING:
     from conjoin.pipeline.query import Table
+
+
+@pytest.fixture
+def conjoin(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command in this process."""
+    return runner(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="session")

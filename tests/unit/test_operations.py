@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from command import Run
 
-from conjoin.jobs.cli import main
 from conjoin.pipeline import publish, runs, state, storage, store
 from conjoin.pipeline.gates import GateResult
 from conjoin.pipeline.hook import Hook
@@ -24,30 +22,6 @@ from conjoin.pipeline.quarantine import quarantine_schema, replace_rows
 from conjoin.pipeline.retries import due
 
 RUN = "things-2026-01-01"
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Done]
-
-
-@pytest.fixture
-def conjoin(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command in this process."""
-
-    def run(*words: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["conjoin", *words])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        return Done(int(caught.value.code or 0), out, err)
-
-    return run
 
 
 @pytest.fixture
