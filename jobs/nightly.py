@@ -9,42 +9,36 @@ from __future__ import annotations
 import datetime as dt
 import os
 import socket
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 
+from conjoin.jobs import tonight as steps
 from conjoin.jobs.stopping import stoppable
-from conjoin.pipeline import edits, landing, night_page, runs, storage, store
+from conjoin.pipeline import landing, runs, storage, store
 from conjoin.pipeline.catalog import Catalog
 from conjoin.pipeline.compaction import compact
 from conjoin.pipeline.draft import base_of, drafting, freeze
-from conjoin.pipeline.embed import Attempt, embed
+from conjoin.pipeline.embed import embed
 from conjoin.pipeline.errors import ConfigError, GateError, Interrupted
 from conjoin.pipeline.estimate import check_limits, estimate, last_rate
 from conjoin.pipeline.forecast import Forecast, forecast
-from conjoin.pipeline.full_text import index_texts
-from conjoin.pipeline.gates import Expected, GateResult, check_gates, check_indexed
 from conjoin.pipeline.heartbeat import Heartbeat
 from conjoin.pipeline.hook import run_hook
-from conjoin.pipeline.index import build
-from conjoin.pipeline.night import Night, bytes_of
+from conjoin.pipeline.night import Night
 from conjoin.pipeline.plan import Plan, changed_since, load_plan
 from conjoin.pipeline.progress import ShowProgress, silent
-from conjoin.pipeline.publish import Entry, Lease, check_lease, publish, reject, take_lease
-from conjoin.pipeline.quarantine import groups_of, rows_of
+from conjoin.pipeline.publish import Lease, check_lease, publish, take_lease
 from conjoin.pipeline.retries import due
-from conjoin.pipeline.state import manifest_of_run, read_manifest
+from conjoin.pipeline.state import read_manifest
 from conjoin.pipeline.store import canary_uri
 from conjoin.pipeline.survey import is_current, survey
-from conjoin.pipeline.units import Record, read_records
+from conjoin.pipeline.units import read_records
 
 if TYPE_CHECKING:
-    import lance
-
     from conjoin.jobs.config import RunFile
     from conjoin.pipeline.draft import Base
 
@@ -72,8 +66,8 @@ def run(
         lease = _lease(catalog) if storage.exists(store.bookkeeping(uri)) else None
         report = None
         for plan in _resumable(uri, full=full):
-            report = _night(_Tonight(config, catalog, plan, lease or _lease(catalog), progress))
-        clock = _Clock()
+            report = _night(steps.Tonight(config, catalog, plan, lease or _lease(catalog), progress))
+        clock = steps.Clock()
         base = clock("survey", lambda: base_of(uri, full=full and report is None))
         found = clock("survey", lambda: survey(catalog, base.known))
         again = _due(catalog, base)
@@ -84,7 +78,7 @@ def run(
             _check_limits(config, draft.embedded, found.fingerprint)
             lease = lease or _lease(catalog)
             plan = freeze(draft, run_id, runs.run_directory(uri, run_id))
-        return _night(_Tonight(config, catalog, plan, lease, progress, clock))
+        return _night(steps.Tonight(config, catalog, plan, lease, progress, clock))
 
 
 def plan(config: RunFile, *, full: bool = False) -> Forecast:
@@ -112,50 +106,7 @@ def _lease(catalog: Catalog) -> Lease:
     return take_lease(catalog.table.path, f"{catalog.name} on {socket.gethostname()}, process {os.getpid()}")
 
 
-class _Clock:
-    """Seconds by step, and when the first began."""
-
-    def __init__(self) -> None:
-        self.started, self.seconds = _now(), dict[str, float]()
-
-    def __call__(self, step: str, action: Callable[[], _T]) -> _T:
-        with self.timing(step):
-            return action()
-
-    @contextmanager
-    def timing(self, step: str) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[step] = round(self.seconds.get(step, 0) + time.monotonic() - started, 3)
-
-
-@dataclass(slots=True)
-class _Tonight:
-    """What the steps of one run need, and what they find out."""
-
-    config: RunFile
-    catalog: Catalog
-    plan: Plan
-    lease: Lease
-    progress: ShowProgress
-    clock: _Clock = field(default_factory=_Clock)
-    records: Mapping[int, Record] = field(default_factory=dict)
-    candidate: int = 0
-    gates: tuple[GateResult, ...] = ()
-    indexes: tuple[Mapping[str, object], ...] = ()
-
-    @property
-    def uri(self) -> str:
-        return self.catalog.table.path
-
-    @property
-    def directory(self) -> str:
-        return runs.run_directory(self.uri, self.plan.run_id)
-
-
-def _night(tonight: _Tonight) -> Night:
+def _night(tonight: steps.Tonight) -> Night:
     """The steps of one planned run, in order."""
     uri, plan, clock = tonight.uri, tonight.plan, tonight.clock
     tonight.records = read_records(tonight.directory, plan.digest)
@@ -168,127 +119,26 @@ def _night(tonight: _Tonight) -> Night:
 
         try:
             if store.committed(uri, plan.run_id) is None:
-                attempt = step("columns", lambda: _attempt(tonight))
+                attempt = step("columns", lambda: steps.attempt(tonight))
                 planned = plan.catalog(tonight.catalog)
                 tonight.records = step("embed", lambda: embed(planned, plan, attempt, progress=heart.show))
                 work = step("state", lambda: landing.prepare(uri, tonight.directory, plan, tonight.records))
                 candidate = step("candidate", lambda: store.candidate(uri, work))
                 if candidate is not None:
-                    tonight.gates = step("gates", lambda: _judge(tonight, candidate))
+                    tonight.gates = step("gates", lambda: steps.judge(tonight, candidate))
                 step("commit", lambda: store.commit(uri, work))
-            step("columns", lambda: _swap(tonight))
+            step("columns", lambda: steps.swap(tonight))
             step("compact", lambda: compact(uri, tonight.config.upkeep))
-            tonight.indexes = step("index", lambda: _index(tonight))
-            tonight.gates = step("gates on the head", lambda: _judge_head(tonight))
+            tonight.indexes = step("index", lambda: steps.index(tonight))
+            tonight.gates = step("gates on the head", lambda: steps.judge_head(tonight))
             version = int(store.open_version(uri, None).version)
             entry = step("publish", lambda: publish(uri, version, plan.run_id, tonight.lease))
         except GateError as error:
-            _rejected(tonight, error)
+            steps.rejected(tonight, error)
         heart.step("hook")
         hook = clock("hook", lambda: run_hook(tonight.config.publish, uri, entry))
-    found = _report(tonight, "published", version, entry)
-    return _write(uri, replace(found, hook=hook))
-
-
-def _attempt(tonight: _Tonight) -> Attempt:
-    """Columns that edits will fill are there first; files that changed since the plan are left to the next night."""
-    plan, head = tonight.plan, store.head(tonight.uri)
-    if head is not None and not plan.whole:
-        edits.add_columns(head, pa.schema([plan.working.field(name) for name in plan.change.added]))
-        head = store.open_version(tonight.uri, None)
-    left = frozenset(changed_since(plan, {}) if tonight.records else ())
-    version = 0 if head is None else int(head.version)
-    return Attempt(version, left, tonight.config.cluster.address, lambda: check_lease(tonight.lease))
-
-
-def _judge(tonight: _Tonight, candidate: lance.LanceDataset) -> tuple[GateResult, ...]:
-    tonight.candidate = int(candidate.version)
-    planned, gates = tonight.plan.catalog(tonight.catalog), tonight.config.gates
-    return check_gates(candidate, _expected(tonight), gates, _live(tonight.uri), planned)
-
-
-def _judge_head(tonight: _Tonight) -> tuple[GateResult, ...]:
-    head, planned = store.open_version(tonight.uri, None), tonight.plan.catalog(tonight.catalog)
-    return check_indexed(
-        head, _expected(tonight), tonight.config.gates, planned, _live(tonight.uri), earlier=tonight.gates
-    )
-
-
-def _swap(tonight: _Tonight) -> None:
-    """A new encoder's columns take the place of the old ones; columns that are kept no more go."""
-    change = tonight.plan.change
-    edits.swap_columns(store.open_version(tonight.uri, None), change.dropped, dict(change.renamed))
-    edits.describe(store.open_version(tonight.uri, None), tonight.plan.schema.metadata or {})
-
-
-def _index(tonight: _Tonight) -> tuple[Mapping[str, object], ...]:
-    texts = index_texts(tonight.uri, tonight.config.table.full_text)
-    vectors = build(tonight.uri, tonight.config.table)
-    return (*(asdict(text) for text in texts), *(asdict(index) for index in vectors))
-
-
-def _expected(tonight: _Tonight) -> Expected:
-    """What the gates hold the version against; where rows were left or have no usable value, ids are not counted."""
-    uri, plan, records = tonight.uri, tonight.plan, tonight.records.values()
-    manifest = manifest_of_run(uri, plan.run_id)
-    bad = rows_of(uri, manifest)
-    columns = tuple(name for name in plan.schema.names if name.endswith("_vec"))
-    known = not plan.whole and not any(record.left or record.excluded for record in records)
-    quarantined = 0 if bad is None else len(bad["id"].unique())
-    added = plan.counts["new"] if known and "new" in plan.counts and not quarantined else None
-    return Expected(manifest.rows, plan.fingerprint, columns, added, None, quarantined)
-
-
-def _rejected(tonight: _Tonight, error: GateError) -> NoReturn:
-    """Tag what failed, give plain readers of the head the live rows again, and write down why."""
-    uri, run_id = tonight.uri, tonight.plan.run_id
-    tonight.gates = error.results
-    version = store.committed(uri, run_id)
-    number = tonight.candidate if version is None else int(store.open_version(uri, None).version)
-    entry = reject(uri, number, run_id)
-    if _live(uri) is not None:
-        store.restore(uri)
-    _write(uri, replace(_report(tonight, "rejected", number, entry), problem=str(error)))
-    raise error
-
-
-def _report(tonight: _Tonight, status: str, version: int, entry: Entry) -> Night:
-    uri, plan, records = tonight.uri, tonight.plan, tonight.records
-    manifest = manifest_of_run(uri, plan.run_id)
-    bad = rows_of(uri, manifest)
-    seconds = sum(record.seconds for record in records.values())
-    embedded = sum(records[unit.number].planned for unit in plan.units if unit.embed and unit.number in records)
-    return Night(
-        run_id=plan.run_id,
-        status=status,
-        table=uri,
-        source=tuple(plan.catalog(tonight.catalog).paths),
-        started=tonight.clock.started,
-        finished=_now(),
-        version=version,
-        previous=entry.before or 0,
-        base=plan.base_version,
-        rows=manifest.rows,
-        units=len(plan.units),
-        quarantined=0 if bad is None else len(bad["id"].unique()),
-        bytes_written=bytes_of([record.fragment for record in records.values()]),
-        rows_per_s=round(embedded / max(seconds, 1e-9), 1),
-        fingerprint=plan.fingerprint,
-        encoder=plan.encoder,
-        counts={kind: count for kind, count in plan.counts.items() if count},
-        gates=tonight.gates,
-        seconds=tonight.clock.seconds,
-        indexes=tonight.indexes,
-        troubles=() if bad is None else groups_of(bad),
-        left=tuple(sorted({path for record in records.values() for path in record.left})),
-    )
-
-
-def _write(uri: str, night: Night) -> Night:
-    """The page first: a run is over once its report is there."""
-    night_page.write(uri, night)
-    runs.finish(uri, night.run_id, night.to_json())
-    return night
+    found = steps.report(tonight, "published", version, entry)
+    return steps.write(uri, replace(found, hook=hook))
 
 
 def _resumable(uri: str, *, full: bool) -> Iterator[Plan]:
@@ -304,7 +154,7 @@ def _resumable(uri: str, *, full: bool) -> Iterator[Plan]:
 
 def _obstacle(uri: str, plan: Plan, *, full: bool) -> str:
     """Why an unfinished plan is given up, empty if it is finished first."""
-    live = _live(uri)
+    live = steps.live(uri)
     live_run = "" if live is None else store.run_of(live).get(store.RUN_ID, "")
     if not plan.whole and live_run not in (plan.base_run, plan.run_id):
         return f"built on run {plan.base_run}, live is {live_run or 'nothing'}"
@@ -345,12 +195,6 @@ def _due(catalog: Catalog, base: Base) -> pa.Table | None:
     return None if base.manifest is None else due(catalog.table.path, base.manifest, catalog.embed.retries)
 
 
-def _live(uri: str) -> lance.LanceDataset | None:
-    """What readers see now, None before the first publish."""
-    dataset = store.head(uri)
-    return None if dataset is None or store.live_version(dataset) is None else store.open_version(uri)
-
-
 def _catalog(config: RunFile) -> Catalog:
     if config.encoder is None:
         raise ConfigError("the run file names no encoder", next="`conjoin train` makes one; then set `encoder:`")
@@ -363,10 +207,6 @@ def _canary(catalog: Catalog) -> Catalog:
     for path in (uri, store.bookkeeping(uri), store.quarantine_uri(uri)):
         storage.remove(path)
     return replace(catalog, table=catalog.table.model_copy(update={"path": uri}))
-
-
-def _now() -> str:
-    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
 
 @contextmanager

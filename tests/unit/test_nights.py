@@ -248,7 +248,7 @@ def test_an_index_gate_that_fails_gives_plain_readers_the_old_rows(shop: Shop, m
     def fails(*args: object, **options: object) -> None:
         raise GateError("recall", where=f"{uri} version {store.head(uri).version}")
 
-    monkeypatch.setattr("conjoin.jobs.nightly.check_indexed", fails)
+    monkeypatch.setattr("conjoin.jobs.tonight.check_indexed", fails)
     with pytest.raises(GateError):
         shop.night()
     monkeypatch.undo()
