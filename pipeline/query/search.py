@@ -116,7 +116,7 @@ def candidates(read: Read, choice: Choice, vector: np.ndarray) -> pa.Table | Non
     need, tie = max(read.top.need, 1), _TIE if read.top.ties else 0.0
     while choice.fetch < choice.rows:
         found = nearest(read, choice, vector)
-        if len(found.distances) < need:
+        if found is None or len(found.distances) < need:
             return None  # null vectors: the rest is for a scan
         if found.complete or found.distances[need - 1] + tie <= found.edge - tie:
             return found.rows
@@ -131,6 +131,8 @@ def grown(read: Read, choice: Choice, vector: np.ndarray, ask: Ask) -> pa.Table 
     need, tie = growth.need, _TIE if growth.ties else 0.0
     while _may_grow(choice):
         found = nearest(read, choice, vector)
+        if found is None:
+            return None
         outcome = ask(found.rows)
         if len(outcome) >= need and (need == 0 or found.complete or outcome[need - 1] + tie <= found.sure):
             return found.rows
@@ -148,6 +150,8 @@ def inside(read: Read, choice: Choice, vector: np.ndarray) -> pa.Table | None:
     assert read.within is not None
     while _may_grow(choice):
         found = nearest(read, choice, vector)
+        if found is None:
+            return None
         if found.complete or found.sure > read.within.radius + _margin(read):
             return found.rows
         choice = replace(choice, trusted=choice.trusted * 4)
@@ -159,15 +163,20 @@ def _may_grow(choice: Choice) -> bool:
     return choice.trusted <= most and choice.fetch <= max(choice.rows // 2, 1)
 
 
-def nearest(read: Read, choice: Choice, vector: np.ndarray) -> Nearest:
-    """The candidates that a choice asks for."""
+def nearest(read: Read, choice: Choice, vector: np.ndarray) -> Nearest | None:
+    """The candidates that a choice asks for; None where Lance cannot be trusted with them.
+
+    A zero vector's distance is NaN, and among the rows behind a filter Lance lets such rows push out nearer ones.
+    """
     found = _search(read, choice, vector, bounded=not choice.filtered)
     if found.num_rows < choice.fetch and choice.way == "index" and not choice.filtered:
         found = _search(read, choice, vector, bounded=False)  # the partitions looked at hold too few rows
     distances = _distances(read, found, vector)
     usable = distances[np.isfinite(distances)]
-    if len(usable) < len(distances) or found.num_rows < choice.fetch:
-        return Nearest(found, usable, True, math.inf, math.inf)  # NaN comes last: all others are there
+    if found.num_rows < choice.fetch:
+        return Nearest(found, usable, True, math.inf, math.inf)
+    if len(usable) < found.num_rows:
+        return None
     if choice.setting is None:
         edge = float(usable[-1]) - (_HALF_ERROR if _is_half(read) else 0.0)
         return Nearest(found, usable, False, edge, edge)
@@ -191,9 +200,9 @@ def _search(read: Read, choice: Choice, vector: np.ndarray, *, bounded: bool) ->
 
 
 def _distances(read: Read, found: pa.Table, vector: np.ndarray) -> np.ndarray:
-    """Exact cosine distances, sorted, NaN last."""
+    """Exact cosine distances of the rows that have a vector, sorted, NaN last."""
     assert read.measure is not None
-    column = found.column(read.measure.column.name).combine_chunks()
+    column = found.column(read.measure.column.name).combine_chunks().drop_null()
     stored = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), len(vector)).astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.sort(1.0 - stored @ vector / np.linalg.norm(stored, axis=1))
