@@ -135,14 +135,17 @@ def _live(uri: str, dataset: lance.LanceDataset) -> lance.LanceDataset | None:
 
 def settings(uri: str, dataset: lance.LanceDataset) -> Mapping[str, Setting]:
     """How to use the vector indexes that this version has, by column; from the newest report not after it."""
-    columns = [i.field_names[0] for i in dataset.describe_indices() if "Vector" in i.type_url]
-    if not columns:
+    names = {i.field_names[0]: i.name for i in dataset.describe_indices() if "Vector" in i.type_url}
+    if not names:
         return {}
     newest = max((number for number in _versions(uri) if number <= dataset.version), default=None)
     reports = (_read(uri, newest) if newest else None) or ()
     found = {r.column.removesuffix(store.NEXT): r.setting for r in reports if r.nprobes}
     found |= {r.column: r.setting for r in reports if r.nprobes}
-    return {column: found.get(column) or _default(dataset, column) for column in columns}
+    known = {column: found.get(column) or _default(dataset, column) for column in names}
+    return {
+        column: replace(setting, complete=not _unindexed(dataset, names[column])) for column, setting in known.items()
+    }
 
 
 def measured(dataset: lance.LanceDataset) -> tuple[IndexReport, ...]:

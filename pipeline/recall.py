@@ -25,11 +25,16 @@ FEWEST_PROBES, FEWEST_REFINE = 2, _REFINES[0]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How a query uses a vector index: partitions to look at, candidates per wanted row."""
+    """How a query uses a vector index: partitions to look at, candidates per wanted row.
+
+    complete: every row is in it, so that all candidates come in one rough order; those of rows that are not would be
+    compared by exact distances, which are another number (lancedb#3530).
+    """
 
     nprobes: int
     refine: int
     num_partitions: int
+    complete: bool = False
 
 
 @dataclass(frozen=True, slots=True)

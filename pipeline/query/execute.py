@@ -10,7 +10,7 @@ import itertools
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,7 @@ class Engine:
     def __init__(self) -> None:
         self._connection: duckdb.DuckDBPyConnection | None = None
         self._lock = threading.Lock()
+        self._waiting = ThreadPoolExecutor(1, thread_name_prefix="duckdb")
 
     def check(
         self,
@@ -99,7 +100,7 @@ class Engine:
             for name, source in sources.items():
                 cursor.register(name, source)
             relation = cursor.sql(sql, params=dict(parameters) or None)
-            return _fetched(cursor, relation) if fetch else None
+            return _fetched(cursor, relation, self._waiting) if fetch else None
         except duckdb.Error as error:
             raise _explain(error, _columns(sources)) from None
         finally:
@@ -116,15 +117,22 @@ class Engine:
             return self._connection.cursor()
 
 
-def _fetched(cursor: duckdb.DuckDBPyConnection, relation: duckdb.DuckDBPyRelation) -> pa.Table:
-    """The whole answer. DuckDB hears no signal while it works: another thread waits for it, so that Ctrl-C ends it."""
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(relation.to_arrow_table)
-        try:
-            return answer.result()
-        except KeyboardInterrupt:
-            cursor.interrupt()
-            raise
+def _fetched(
+    cursor: duckdb.DuckDBPyConnection, relation: duckdb.DuckDBPyRelation, waiting: ThreadPoolExecutor
+) -> pa.Table:
+    """The whole answer. DuckDB hears no signal while it works: another thread waits for it, so that Ctrl-C ends it.
+
+    Ctrl-C reaches the main thread alone, which waits for one answer at a time.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return relation.to_arrow_table()
+    answer = waiting.submit(relation.to_arrow_table)
+    try:
+        return answer.result()
+    except KeyboardInterrupt:
+        cursor.interrupt()
+        wait([answer])
+        raise
 
 
 def function_names() -> list[str]:

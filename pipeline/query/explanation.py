@@ -143,7 +143,7 @@ def explain_read(read: Read, settings: Mapping[str, Setting], text: Sequence[str
     if relation.dataset is None:
         return Step(relation.name, None, "given", read.reason, read.columns)
     choice = choose(read, settings)
-    rows = choice.rows if read.measure else int(relation.dataset.count_rows(read.filter))
+    rows = choice.rows if read.measure else relation.count(read.filter)
     keys = tuple(f"`{keys.column}` IN keys of {keys.source}, if they are few" for keys in read.keys)
     step = Step(
         relation.name,

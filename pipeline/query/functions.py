@@ -32,13 +32,16 @@ _RAW = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A query vector still to be made, for one column. name: its parameter in DuckDB."""
+    """A query vector still to be made, for one column. name: its parameter in DuckDB; parameter: the query's, that
+    value came from.
+    """
 
     name: str
     kind: Kind
     value: object
     column: VectorColumn
     relation: Relation
+    parameter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class _Side:
     column: VectorColumn | None = None
     kind: Kind | None = None
     value: object = None
+    parameter: str | None = None
 
 
 def rewrite(analysis: Analysis, bound: dict[str, object]) -> Rewritten:
@@ -143,7 +147,8 @@ def _want(left: _Side, right: _Side, wanted: list[Wanted]) -> Wanted:
         same = known.relation is left.reference.relation and known.column == left.column
         if same and (known.kind, known.value) == (right.kind, right.value):
             return known
-    made = Wanted(f"__v{len(wanted)}", right.kind, right.value, left.column, left.reference.relation)
+    name, relation = f"__v{len(wanted)}", left.reference.relation
+    made = Wanted(name, right.kind, right.value, left.column, relation, right.parameter)
     wanted.append(made)
     return made
 
@@ -170,11 +175,12 @@ def _side(analysis: Analysis, bound: Mapping[str, object], node: exp.Expr, taken
     if isinstance(node, exp.Column):
         return _column_side(analysis, node)
     if isinstance(node, exp.Anonymous) and function_name(node) in _KINDS:
-        return _Side(node, kind=_KINDS[function_name(node)], value=_argument(node, bound, taken))
+        value, parameter = _argument(node, bound, taken)
+        return _Side(node, kind=_KINDS[function_name(node)], value=value, parameter=parameter)
     inner = node.this if isinstance(node, exp.Cast) else node
     if isinstance(inner, exp.Placeholder):
         taken.add(inner.name)
-        return _Side(node, kind="values", value=bound[inner.name])
+        return _Side(node, kind="values", value=bound[inner.name], parameter=inner.name)
     if isinstance(inner, exp.Array):
         return _Side(node, kind="values", value=[_number(item) for item in inner.expressions])
     what = "NULL" if isinstance(node, exp.Null) else shown(node)
@@ -185,15 +191,16 @@ def _side(analysis: Analysis, bound: Mapping[str, object], node: exp.Expr, taken
     )
 
 
-def _argument(node: exp.Anonymous, bound: Mapping[str, object], taken: set[str]) -> object:
+def _argument(node: exp.Anonymous, bound: Mapping[str, object], taken: set[str]) -> tuple[object, str | None]:
+    """The value, and the parameter that it came from."""
     value = node.expressions[0] if len(node.expressions) == 1 else None
     if isinstance(value, exp.Placeholder):
         taken.add(value.name)
-        return bound[value.name]
+        return bound[value.name], value.name
     if isinstance(value, exp.Literal | exp.RawString):
-        return value.this if not isinstance(value, exp.Literal) or value.is_string else value.to_py()
+        return (value.this if not isinstance(value, exp.Literal) or value.is_string else value.to_py()), None
     if isinstance(value, exp.Neg) and isinstance(value.this, exp.Literal):
-        return value.to_py()
+        return value.to_py(), None
     raise QueryError(f"{shown(node)} takes one literal or parameter")
 
 

@@ -22,7 +22,7 @@ def bind(tree: exp.Query, params: Params) -> dict[str, object]:
 
     Raises QueryError for a missing, unused or unsupported parameter.
     """
-    given = _by_name(params)
+    given = by_name(params)
     rest: dict[str, object] = {}
     nodes = list(tree.find_all(exp.Placeholder))
     for node in nodes:
@@ -33,14 +33,15 @@ def bind(tree: exp.Query, params: Params) -> dict[str, object]:
         if literal is not None:
             node.replace(literal)
         else:
-            rest[f"p{node.name}"] = _plain(value, node.name)
+            rest[f"p{node.name}"] = plain_value(value, node.name)
             node.replace(exp.Placeholder(this=f"p{node.name}"))
     if unused := sorted(set(given) - {node.name for node in nodes}):
         raise QueryError(f"the parameter {unused[0]!r} is not in the query")
     return rest
 
 
-def _by_name(params: Params) -> dict[str, object]:
+def by_name(params: Params) -> dict[str, object]:
+    """As in the query: `?` are numbered from 1. Raises QueryError for what is no parameters."""
     if params is None:
         return {}
     if isinstance(params, Mapping):
@@ -88,7 +89,13 @@ def _float(value: float) -> exp.Expr:
     return _number(text if "e" in text else f"{text}e0", negative=math.copysign(1.0, value) < 0)
 
 
-def _plain(value: object, name: str) -> object:
+def is_scalar(value: object) -> bool:
+    """Whether it becomes a literal of the query."""
+    return _literal(value) is not None
+
+
+def plain_value(value: object, name: str) -> object:
+    """A list or bytes. Raises QueryError for anything else."""
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
     if hasattr(value, "tolist"):

@@ -66,7 +66,7 @@ def parse(sql: str) -> exp.Query:
     tokens = _tokens(sql)
     _check_start(sql, tokens)
     numbered = _numbered(sql, tokens)
-    trees = _trees(sql, numbered, tokens if numbered == sql else sqlglot.tokenize(numbered, read=DIALECT))
+    trees = _trees(sql, numbered, tokens if numbered == sql else _tokenized(numbered))
     tree = trees[0] if len(trees) == 1 else None
     if isinstance(tree, exp.Values):
         tree = exp.select("*").from_(tree)
@@ -107,7 +107,7 @@ def parse_condition(text: str) -> exp.Expr:
 def statements(text: str) -> tuple[list[str], str]:
     """Every statement that a `;` ends, without it, and the rest; a `;` in a string or comment ends nothing."""
     try:
-        tokens = sqlglot.tokenize(text, read=DIALECT)
+        tokens = _tokenized(text)
     except TokenError:  # an open string or comment: more is to come
         return [], text
     found, start = [], 0
@@ -130,7 +130,7 @@ def _trees(sql: str, numbered: str, tokens: Sequence[Token]) -> list[exp.Expr]:
         ]
     except ParseError as error:
         if numbered != sql:
-            _trees(sql, sql, sqlglot.tokenize(sql, read=DIALECT))  # raises with the places of the text as written
+            _trees(sql, sql, _tokenized(sql))  # raises with the places of the text as written
         raise _syntax_error(sql, error) from None
     except RecursionError:
         raise QueryError("the query is nested too deeply") from None
@@ -146,9 +146,14 @@ def _numbered(sql: str, tokens: Sequence[Token]) -> str:
     return "".join([*parts, sql[done:]])
 
 
+def _tokenized(sql: str) -> list[Token]:
+    """sqlglot 30.30 finds no end of a string `''` that ends a text with a $name in it; a newline more, and it does."""
+    return sqlglot.tokenize(f"{sql}\n", read=DIALECT)
+
+
 def _tokens(sql: str) -> Sequence[Token]:
     try:
-        tokens = sqlglot.tokenize(sql, read=DIALECT)
+        tokens = _tokenized(sql)
     except TokenError as error:
         raise QueryError(f"syntax error: {str(error).splitlines()[0]}", where=_place(sql, len(sql) - 1)) from None
     for token in tokens:

@@ -29,7 +29,8 @@ class Prepared:
     """A checked query. sql: what DuckDB runs; parameters: lists and bytes that are not query vectors.
 
     questions: what the plan may ask DuckDB, by table and number of the key set, -1 for the outcome of a growth; texts:
-    what the full-text index does for a read, by its name in DuckDB.
+    what the full-text index does for a read, by its name in DuckDB; repeatable: it holds nothing that may change while
+    its tables do not, and nothing that only one answer at a time can use.
     """
 
     tree: exp.Query
@@ -41,12 +42,14 @@ class Prepared:
     questions: Mapping[tuple[str, int], Question]
     texts: Mapping[str, TextPlan]
     classifiers: tuple[Classifier, ...]
+    repeatable: bool
 
 
 def prepare(tree: exp.Query, params: Params, relations: Relations, engine: Engine) -> Prepared:
     """Bind, resolve, plan and check a query; its tree is changed. Raises QueryError."""
     bound = bind(tree, params)
-    analysis = analyse(tree, relations.joined(name_versions(tree, relations)))
+    others = name_versions(tree, relations)
+    analysis = analyse(tree, relations.joined(others))
     curves, texts = relevance.expand(analysis), text_search.expand(analysis)
     classifiers = classification.expand(analysis, bound)
     rewritten = relevance.measured(rewrite(analysis, bound), curves)
@@ -66,7 +69,8 @@ def prepare(tree: exp.Query, params: Params, relations: Relations, engine: Engin
     engine.check(sql, {**bound, **zeros}, schemas, stubs)
     pinned = {r.reference.relation.name: r.reference.relation.dataset for r in reads}
     versions = {name: int(dataset.version) for name, dataset in pinned.items() if dataset is not None}
-    return Prepared(tree, sql, bound, reads, rewritten, versions, questions, plans, classifiers)
+    repeatable = not (others or curves or plans or classifiers)
+    return Prepared(tree, sql, bound, reads, rewritten, versions, questions, plans, classifiers, repeatable)
 
 
 def _questions(reads: Sequence[Read]) -> dict[tuple[str, int], Question]:

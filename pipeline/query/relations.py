@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import lance
     import pyarrow.dataset as ds
 
+_COUNTS = 1_000
+
 
 @dataclass(frozen=True, slots=True)
 class Relation:
@@ -36,6 +38,16 @@ class Relation:
     filters: bool = True
     vectors: Mapping[str, store.VectorColumn] = field(default_factory=dict)
     uri: str = ""
+    counted: dict[str | None, int] = field(default_factory=dict, compare=False, repr=False)
+
+    def count(self, condition: str | None = None) -> int:
+        """Rows of the Lance table that pass a filter; counted once, since a version never changes."""
+        assert self.dataset is not None
+        if condition not in self.counted:
+            if len(self.counted) >= _COUNTS:
+                self.counted.clear()
+            self.counted[condition] = int(self.dataset.count_rows(condition))
+        return self.counted[condition]
 
     def column(self, name: str) -> str | None:
         """The column's own spelling, None if there is none of that name."""

@@ -77,12 +77,10 @@ class Nearest:
 
 def choose(read: Read, settings: Mapping[str, Setting]) -> Choice:
     """settings: of the vector indexes of this version, by column; none for an exact answer."""
-    dataset, measure = read.reference.relation.dataset, read.measure
-    assert dataset is not None
+    measure = read.measure
     if measure is None:
         return Choice("scan", 0)
-    total = dataset.count_rows()
-    rows = dataset.count_rows(read.filter) if read.filter else total
+    total, rows = (read.reference.relation.count(condition) for condition in (None, read.filter))
     setting = settings.get(measure.column.name)
     wanted = _first_size(read, exact=setting is None)
     if rows * measure.column.dim <= _SCAN_FLOATS or wanted + _SLACK >= rows:
@@ -189,7 +187,10 @@ def _search(read: Read, choice: Choice, vector: np.ndarray, *, bounded: bool) ->
     assert measure is not None
     query: dict[str, object] = {"column": measure.column.name, "q": vector, "k": choice.fetch, "metric": "cosine"}
     if choice.way == "index":
-        query |= {"minimum_nprobes": choice.nprobes, "refine_factor": 1}
+        assert choice.setting is not None
+        query |= {"minimum_nprobes": choice.nprobes}
+        # All candidates are ranked exactly here: Lance has to do so only where some of them have exact distances.
+        query |= {} if choice.setting.complete else {"refine_factor": 1}
         # Unfiltered: no more than that (lance#5637). Filtered: on until enough rows are found, or rows go missing.
         query |= {"maximum_nprobes": choice.nprobes} if bounded else {}
     else:

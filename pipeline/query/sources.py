@@ -113,7 +113,7 @@ class Sources:
         """With keys in its filter where they are few; how many, by where they come from."""
         dataset, counts = read.reference.relation.dataset, dict[str, int]()
         assert dataset is not None
-        if not read.keys or dataset.count_rows() < _LARGE:
+        if not read.keys or read.reference.relation.count() < _LARGE:
             return read, counts
         for number, keys in enumerate(read.keys):
             question = self._questions[read.reference.name, number]
@@ -121,7 +121,7 @@ class Sources:
                 continue
             values = self._asked(question, {}).column(0).combine_chunks()
             condition = None
-            if len(values) <= MOST_KEYS and is_worth(len(values), dataset.count_rows()):
+            if len(values) <= MOST_KEYS and is_worth(len(values), read.reference.relation.count()):
                 condition = as_filter(keys.column, dataset.schema.field(keys.column).type, values)
             if condition is not None:
                 both = f"{read.filter} AND {condition}" if read.filter else condition
@@ -147,7 +147,7 @@ class Sources:
         if read.top is not None:
             return read.top.need
         if relation.dataset is not None:
-            return int(relation.dataset.count_rows(read.filter))
+            return relation.count(read.filter)
         return relation.frame.num_rows if isinstance(relation.frame, pa.Table) else math.inf
 
     def _asked(self, question: Question, more: Mapping[str, object]) -> pa.Table:

@@ -34,6 +34,7 @@ from conjoin.pipeline.query.explanation import (
 from conjoin.pipeline.query.parameters import Params
 from conjoin.pipeline.query.parse import parse, parse_condition, split_explain
 from conjoin.pipeline.query.planner import Read, TopK
+from conjoin.pipeline.query.plans import Plans
 from conjoin.pipeline.query.prepared import Prepared, prepare
 from conjoin.pipeline.query.questions import Question, outcome
 from conjoin.pipeline.query.relations import Relation, frame_relation, nearest_name, table_relation
@@ -90,7 +91,9 @@ class Table:
         self._lock = threading.Lock()
         self._engine, self._vectors = Engine(), QueryVectors()
         self._settings: dict[tuple[str, int, Effort], Mapping[str, Setting]] = {}
+        self._plans = Plans()
         self._dataset: lance.LanceDataset = store.open_version(self.uri, version)
+        self._pinned = table_relation(self.name, self.uri, self._dataset)
 
     @property
     def version(self) -> int:
@@ -114,7 +117,14 @@ class Table:
         effort = wanted_effort(exact=exact, recall=recall)
         if mode:
             return self._explain(select, params, frames, effort, analyze=mode == "analyze").result()
-        return self._answer(parse(select), params, frames, effort).result
+        if frames:
+            return self._answer(self._prepare(parse(select), params, frames), effort).result
+        dataset = self._current()
+        prepared = self._plans.find(select, params, dataset)
+        if prepared is None:
+            prepared = self._prepare(parse(select), params, frames)
+            self._plans.keep(select, params, dataset, prepared)
+        return self._answer(prepared, effort).result
 
     def tables(self) -> pa.Table:
         """What SQL can name: one row per table, its own first."""
@@ -150,16 +160,17 @@ class Table:
     def _explain(
         self, query: str, params: Params, frames: Mapping[str, object], effort: Effort, *, analyze: bool
     ) -> Explanation:
-        prepared = self._prepare(parse(query), params, frames)
-        explained = []
+        def plan() -> Prepared:
+            return self._prepare(parse(query), params, frames)
+
+        prepared, explained = plan(), []
         for read in prepared.reads:
             text = prepared.texts.get(read.reference.name)
             settings = self._index_settings(effort, read.reference.relation) if read.measure else {}
             explained.append(explain_read(read, settings, text.explained() if text else (), exact=effort.exact))
         if not analyze:
             return Explanation(tuple(explained))
-        found = self._answer(parse(query), params, frames, effort)
-        exact = self._answer(parse(query), params, frames, EXACT)
+        found, exact = self._answer(plan(), effort), self._answer(plan(), EXACT)
         recall = recall_of_distances(*[answer.distances() for answer in (found, exact)])
         if recall is None:
             recall = recall_of_rows(found.result.table, exact.result.table)
@@ -191,7 +202,7 @@ class Table:
         select = self._search_query(self._search_column(column), kind, k)
         if where:
             select = select.where(parse_condition(where))
-        return self._answer(select, {"query": value}, {}).result
+        return self._answer(self._prepare(select, {"query": value}, {})).result
 
     def _search_query(self, column: str, kind: str, k: int) -> exp.Select:
         hidden = {name for name in self.schema.names if name.endswith(("_vec", "_hash"))} | set(
@@ -216,10 +227,8 @@ class Table:
             raise QueryError("the table has no vector column that conjoin made", where=self.uri)
         return found
 
-    def _answer(
-        self, tree: exp.Query, params: Params, frames: Mapping[str, object], effort: Effort = DEFAULT
-    ) -> _Answer:
-        prepared, clock = self._prepare(tree, params, frames), Clock()
+    def _answer(self, prepared: Prepared, effort: Effort = DEFAULT) -> _Answer:
+        clock = Clock()
         vectors = {wanted.name: self._vectors.make(wanted) for wanted in prepared.rewritten.wanted}
         functions = [c.function(self._vectors.encoder(c.column)) for c in prepared.classifiers]
         clock.lap("embed")
@@ -257,7 +266,11 @@ class Table:
         return Relations(found, self._named)
 
     def _relation(self, name: str | None = None) -> Relation:
-        return table_relation(name or self.name, self.uri, self._current())
+        dataset = self._current()
+        with self._lock:
+            if self._pinned.dataset is not dataset:
+                self._pinned = table_relation(self.name, self.uri, dataset)
+            return replace(self._pinned, name=name) if name else self._pinned
 
     def _current(self) -> lance.LanceDataset:
         """The pinned version's handle; a fresh one when the tag has moved, since a handle never follows it."""
@@ -271,8 +284,10 @@ class Table:
             return bool(self._dataset.latest_version == self._dataset.version)
         if isinstance(self._wanted, int):
             return True
-        tag = self._dataset.tags.list().get(self._wanted)
-        return tag is not None and tag["version"] == self._dataset.version
+        try:
+            return bool(self._dataset.tags.get_version(self._wanted) == self._dataset.version)
+        except ValueError:  # the tag is gone
+            return False
 
     def _index_settings(self, effort: Effort, relation: Relation) -> Mapping[str, Setting]:
         """How to use the indexes of a table; none of them for an exact answer."""

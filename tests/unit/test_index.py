@@ -114,7 +114,7 @@ def test_settings_are_those_measured_and_belong_to_their_version(
     made, reports = built
     dataset = lance.dataset(made.uri)
     report = by_column(reports)["image_vec"]
-    expected = index.Setting(report.nprobes, report.refine, report.num_partitions)
+    expected = index.Setting(report.nprobes, report.refine, report.num_partitions, complete=True)
     assert index.settings(made.uri, dataset)["image_vec"] == expected
     assert dict(index.settings(made.uri, lance.dataset(made.uri, version=1))) == {}
 

@@ -159,3 +159,11 @@ def test_quotes_in_strings_and_odd_names() -> None:
 def test_conjuncts_are_taken_apart() -> None:
     parts = conjuncts(parse_condition("a = 1 AND (b = 2 AND TRUE AND (c = 3 OR d = 4))"))
     assert [part.sql("duckdb") for part in parts] == ["a = 1", "b = 2", "c = 3 OR d = 4"]
+
+
+@pytest.mark.parametrize("condition", ["v IS NULL", "v IS NOT NULL", "NOT (v IS NULL)", "v IS NULL OR v IS NOT NULL"])
+def test_null_vectors_are_left_to_duckdb(condition: str) -> None:
+    """Behind such a filter pylance 14.0.2 finds wrong rows in a search without an index: 153 of 10,862."""
+    node = parse_condition(condition)
+    assert translate(node, lambda column: (column.name, pa.list_(pa.float32(), 4))) is None
+    assert translate(node, lambda column: (column.name, pa.float32())) is not None

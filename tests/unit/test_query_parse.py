@@ -147,6 +147,12 @@ def test_a_question_mark_in_a_string_is_no_placeholder() -> None:
     assert parse("SELECT '?' WHERE a = ?").sql("duckdb") == "SELECT '?' WHERE a = $1"
 
 
+@pytest.mark.parametrize("value", ["''", "'it''s'", "''''"])
+@pytest.mark.parametrize("end", ["", " ", "\n", " -- why"])
+def test_a_string_at_the_end_after_a_parameter_is_closed(value: str, end: str) -> None:
+    assert parse(f"SELECT $v AS v WHERE a = {value}{end}").sql("duckdb", comments=False).endswith(f"a = {value}")
+
+
 @pytest.mark.parametrize("text", ["a = 1", "a = 1 OR b = 2", "a = 1 -- why", "a IN (SELECT 1)"])
 def test_conditions_pass(text: str) -> None:
     assert parse_condition(text) is not None
