@@ -64,13 +64,13 @@ class Measure:
 class Pair:
     """distance(column, other) of vectors that differ from row to row: of another table's column, or embedded.
 
-    other: its reference and column; embedded: text(x) instead, and x.
+    other: its reference and column's name; embedded: text(x) instead, and x.
     """
 
     reference: Reference
     column: VectorColumn
     similarity: bool
-    other: tuple[Reference, VectorColumn] | None = None
+    other: tuple[Reference, str] | None = None
     embedded: tuple[EmbeddedColumn, exp.Expr] | None = None
 
 
@@ -88,7 +88,7 @@ class Rewritten:
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One argument of a measure: a column, a vector to make, or a column's values to embed."""
+    """One argument of a measure: a column and its name, a vector to make, or a column's values to embed."""
 
     node: exp.Expr
     reference: Reference | None = None
@@ -97,6 +97,7 @@ class _Side:
     value: object = None
     parameter: str | None = None
     embedded: exp.Expr | None = None
+    name: str = ""
 
 
 @dataclass(slots=True)
@@ -173,7 +174,8 @@ def _measured(node: exp.Anonymous, left: _Side, right: _Side, made: _Made) -> ex
         if wanted:
             made.measures[id(result.unnest())] = Measure(left.reference, left.column, wanted, similarity)
         else:
-            made.pairs[id(result.unnest())] = tuple(_pairs(left, right, embedded, similarity))
+            pairs = tuple(_pairs(left, right, embedded, similarity))
+            made.pairs |= {id(result.unnest()): pairs} if pairs else {}
     return result
 
 
@@ -183,9 +185,10 @@ def _pairs(left: _Side, right: _Side, embedded: EmbeddedColumn | None, similarit
     assert left.column is not None
     if embedded is not None and right.embedded is not None:
         yield Pair(left.reference, left.column, similarity, embedded=(embedded, right.embedded))
-    elif right.reference is not None and right.column is not None:
-        yield Pair(left.reference, left.column, similarity, (right.reference, right.column))
-        yield Pair(right.reference, right.column, similarity, (left.reference, left.column))
+    elif right.reference is not None:
+        yield Pair(left.reference, left.column, similarity, (right.reference, right.name))
+        if right.column is not None:
+            yield Pair(right.reference, right.column, similarity, (left.reference, left.name))
 
 
 def _embedded(column: VectorColumn, side: _Side, made: _Made) -> EmbeddedColumn:
@@ -298,7 +301,7 @@ def _column_side(analysis: Analysis, node: exp.Column) -> _Side:
         raise QueryError(f"{name} of {reference.relation.name} is not a vector column{nearest_name(name, known)}")
     if vector is None and reference.relation.dataset is not None:
         raise QueryError(f"{name} of {reference.relation.name} bears no encoder's fingerprint: it cannot be compared")
-    return _Side(node, reference=reference, column=vector)
+    return _Side(node, reference=reference, column=vector, name=name)
 
 
 def _is_list(kind: pa.DataType) -> bool:

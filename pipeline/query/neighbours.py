@@ -22,6 +22,7 @@ from conjoin.pipeline.query.filters import conjuncts
 from conjoin.pipeline.query.functions import Pair, Rewritten
 from conjoin.pipeline.query.keys import rows_of
 from conjoin.pipeline.query.pairs import KEY
+from conjoin.pipeline.query.parse import DIALECT
 from conjoin.pipeline.query.planner import LARGEST_K, Read, count_of, obstacle, pushable, sort_key, split
 from conjoin.pipeline.query.questions import Question, question, stands_alone
 from conjoin.pipeline.query.ranges import bound_of
@@ -44,20 +45,33 @@ class Near:
     analysis: Analysis
 
     @property
+    def beside(self) -> Reference | None:
+        """The table whose vectors are looked for, None where a value is embedded."""
+        return self.pair.other[0] if self.pair.other is not None else None
+
+    @property
+    def id_column(self) -> str | None:
+        return self.beside.relation.column("id") if self.beside is not None else None
+
+    @property
     def key(self) -> exp.Expr:
-        """What tells the vectors apart: the id of their row, or the value that is embedded."""
+        """What tells the vectors apart: the id of their row, without ids they themselves, or what is embedded."""
+        if self.beside is not None and self.id_column is not None:
+            return exp.column(self.id_column, table=self.beside.alias, quoted=True)
         if self.pair.other is not None:
-            reference = self.pair.other[0]
-            return exp.column(str(reference.relation.column("id")), table=reference.alias, quoted=True)
+            reference, name = self.pair.other
+            array = exp.DataType.build(f"FLOAT[{self.pair.column.dim}]", dialect=DIALECT)
+            return exp.cast(exp.column(name, table=reference.alias, quoted=True), array)
         assert self.pair.embedded is not None
         return self.pair.embedded[1].copy()
 
     @property
     def key_field(self) -> pa.Field:
-        kind = pa.string()
-        if self.pair.other is not None:
-            relation = self.pair.other[0].relation
-            kind = relation.schema.field(str(relation.column("id"))).type
+        kind: pa.DataType = pa.string()
+        if self.beside is not None:
+            kind = pa.list_(pa.float32(), self.pair.column.dim)
+        if self.beside is not None and self.id_column is not None:
+            kind = self.beside.relation.schema.field(self.id_column).type
         return pa.field(KEY, kind)
 
     @property
@@ -65,16 +79,18 @@ class Near:
         """In plain words."""
         what = f"the {self.need:,} nearest to each" if self.need else f"rows within {self.radius:g} of each"
         if self.pair.other is not None:
-            return f"{what} {self.pair.other[1].name} of {self.pair.other[0].alias}, all at once"
+            return f"{what} {self.pair.other[1]} of {self.pair.other[0].alias}, all at once"
         assert self.pair.embedded is not None
-        return f"{what} value of {self.pair.embedded[1].sql('duckdb')}, all at once"
+        return f"{what} value of {self.pair.embedded[1].sql(DIALECT)}, all at once"
 
     def question(self) -> Question:
         """The distinct keys, and the vectors of other rows; after the tables have their names inside DuckDB."""
         outputs = [exp.alias_(self.key, KEY, quoted=True)]
         if self.pair.other is not None:
-            reference, column = self.pair.other
-            outputs.append(exp.alias_(exp.column(column.name, table=reference.alias, quoted=True), "__vector"))
+            reference, name = self.pair.other
+            array = exp.DataType.build(f"FLOAT[{self.pair.column.dim}]", dialect=DIALECT)
+            vector = exp.cast(exp.column(name, table=reference.alias, quoted=True), array)
+            outputs.append(exp.alias_(vector, "__vector"))
         if self.source is not None:
             return question(rows_of(self.analysis, self.source).select(*outputs, append=False).distinct())
         found = exp.select(*outputs).distinct()
@@ -96,7 +112,7 @@ def with_neighbours(analysis: Analysis, rewritten: Rewritten, reads: Sequence[Re
         if read.measure is not None or reference.relation.dataset is None:
             continue
         planned = _nearest(analysis, rewritten, reference) or _within(analysis, rewritten, reference)
-        if planned is None or any(near.pair.reference in _origins(planned[0]) for near in found.values()):
+        if planned is None or any(near.pair.reference is planned[0].beside for near in found.values()):
             continue
         near, place = planned
         if not _expand_stars(analysis, reference):
@@ -105,10 +121,6 @@ def with_neighbours(analysis: Analysis, rewritten: Rewritten, reads: Sequence[Re
         _add(place, exp.NullSafeEQ(this=column, expression=near.key))
         found[reference.name] = near
     return found
-
-
-def _origins(near: Near) -> list[Reference]:
-    return [near.pair.other[0]] if near.pair.other is not None else []
 
 
 def _nearest(analysis: Analysis, rewritten: Rewritten, reference: Reference) -> tuple[Near, exp.Expr] | None:
@@ -149,17 +161,13 @@ def _given_before(pair: Pair, above: exp.Select, join: exp.Join, reference: Refe
     before = [above.args["from_"].this, *(j.this for j in joins[: joins.index(join)])]
     names = {node.alias_or_name.lower() for node in before}
     if pair.other is not None:
-        return pair.other[0].scope.expression is above and _has_id(pair) and pair.other[0].alias.lower() in names
+        return pair.other[0].scope.expression is above and pair.other[0].alias.lower() in names
     assert pair.embedded is not None
     value = pair.embedded[1]
     columns = list(value.find_all(exp.Column))
     if value.find(exp.Query, exp.Placeholder):
         return False
     return all(c.table.lower() in names if c.table else reference.relation.column(c.name) is None for c in columns)
-
-
-def _has_id(pair: Pair) -> bool:
-    return pair.other is not None and pair.other[0].relation.column("id") is not None
 
 
 def _drops_one(part: exp.Expr, reference: Reference) -> bool:
@@ -214,7 +222,7 @@ def _source(analysis: Analysis, pair: Pair, reference: Reference) -> Reference |
     """The one table beside the reference whose rows give the vectors."""
     if pair.other is not None:
         other = pair.other[0]
-        return other if other is not reference and other.scope is reference.scope and _has_id(pair) else None
+        return other if other is not reference and other.scope is reference.scope else None
     assert pair.embedded is not None
     value = pair.embedded[1]
     sources = {c.table.lower() for c in value.find_all(exp.Column)}

@@ -56,7 +56,7 @@ def prepare(tree: exp.Query, params: Params, relations: Relations, engine: Engin
     rewritten = relevance.measured(rewrite(analysis, bound), curves)
     reads = plan_reads(analysis, rewritten)
     near = with_neighbours(analysis, rewritten, reads)
-    reads = tuple(_beside(read, near.get(read.reference.name)) for read in reads)
+    reads = tuple(_beside(read, near) for read in reads)
     planned = {read.reference.name: text_search.plan(analysis, rewritten, read, texts) for read in reads}
     plans = {name: text for name, text in planned.items() if text is not None}
     for read in reads:
@@ -79,8 +79,13 @@ def prepare(tree: exp.Query, params: Params, relations: Relations, engine: Engin
     return Prepared(tree, sql, bound, reads, rewritten, versions, questions, plans, classifiers, repeatable)
 
 
-def _beside(read: Read, near: Near | None) -> Read:
-    return read if near is None else replace(read, near=near, reason=near.reason, growth=None, within=None, keys=())
+def _beside(read: Read, near: Mapping[str, Near]) -> Read:
+    """A read whose rows are looked for beside others; one whose rows others are looked for delivers their ids."""
+    ids = [found.id_column for found in near.values() if found.beside is read.reference and found.id_column]
+    read = replace(read, columns=tuple(dict.fromkeys([*read.columns, *ids])))
+    if (found := near.get(read.reference.name)) is None:
+        return read
+    return replace(read, near=found, reason=found.reason, growth=None, within=None, keys=())
 
 
 def _questions(reads: Sequence[Read]) -> dict[tuple[str, int], Question]:
