@@ -13,6 +13,7 @@ from sqlglot import exp
 from conjoin.pipeline.query import classification, relevance, text_search
 from conjoin.pipeline.query.analysis import analyse
 from conjoin.pipeline.query.classification import Classifier
+from conjoin.pipeline.query.crossing import check_crossings
 from conjoin.pipeline.query.execute import Engine
 from conjoin.pipeline.query.functions import Rewritten, rewrite
 from conjoin.pipeline.query.neighbours import Near, with_neighbours
@@ -57,6 +58,7 @@ def prepare(tree: exp.Query, params: Params, relations: Relations, engine: Engin
     reads = plan_reads(analysis, rewritten)
     near = with_neighbours(analysis, rewritten, reads)
     reads = tuple(_beside(read, near) for read in reads)
+    check_crossings(analysis, rewritten, reads)
     planned = {read.reference.name: text_search.plan(analysis, rewritten, read, texts) for read in reads}
     plans = {name: text for name, text in planned.items() if text is not None}
     for read in reads:
