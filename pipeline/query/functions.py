@@ -238,6 +238,11 @@ def _side(analysis: Analysis, bound: Mapping[str, object], node: exp.Expr, taken
     if is_arithmetic(node):
 
         def leaf(part: exp.Expr) -> tuple[Kind, object]:
+            if part.find(exp.Column):
+                advice = (
+                    "Add vectors that are the same for every row: text('...'), image('path'), vector_of(id), a list"
+                )
+                raise QueryError(f"{shown(part)} is not a vector that can be added", next=advice)
             return _single(bound, part, taken)[:2]
 
         return _Side(node, kind="sum", value=terms_of(node, leaf, bound, taken))

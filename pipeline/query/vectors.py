@@ -45,7 +45,13 @@ class QueryVectors:
         if wanted.kind == "sum":
             terms = cast("tuple[Term, ...]", wanted.value)
             part = replace(wanted, name="", parameter=None)
-            return combined(terms, lambda t: self.make(replace(part, kind=t.kind, value=t.value)), wanted.column)
+
+            def one(term: Term) -> np.ndarray:
+                if term.kind == "values":  # as long as it is
+                    return checked(term.value, wanted.column)
+                return self.make(replace(part, kind=term.kind, value=term.value))
+
+            return combined(terms, one, wanted.column)
         if not isinstance(wanted.value, str | bytes):
             raise QueryError(f"{wanted.kind}() takes text{'' if wanted.kind == 'text' else ', a path or bytes'}")
         key = (wanted.column.fingerprint, wanted.kind, wanted.value)
@@ -113,6 +119,15 @@ def matching_encoder(column: VectorColumn) -> Embedder:
 
 def unit(value: object, column: VectorColumn) -> np.ndarray:
     """A list of numbers as a unit vector. Raises QueryError for another dimension, zeros, NaN or infinity."""
+    vector = checked(value, column)
+    norm = float(np.linalg.norm(vector))
+    if norm == 0.0:
+        raise QueryError(f"the vector for {column.name} is zero: it has no direction")
+    return np.asarray(vector / norm, dtype=np.float32)
+
+
+def checked(value: object, column: VectorColumn) -> np.ndarray:
+    """(D,) float64, of any length. Raises QueryError for another dimension, NaN or infinity."""
     try:
         vector = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -122,10 +137,7 @@ def unit(value: object, column: VectorColumn) -> np.ndarray:
         raise QueryError(f"{column.name} has {column.dim} dimensions, the vector given has {shape}")
     if not np.isfinite(vector).all():
         raise QueryError(f"the vector for {column.name} contains NaN or infinity")
-    norm = float(np.linalg.norm(vector))
-    if norm == 0.0:
-        raise QueryError(f"the vector for {column.name} is zero: it has no direction")
-    return np.asarray(vector / norm, dtype=np.float32)
+    return vector
 
 
 def _stored(relation: Relation, column: VectorColumn, key: object) -> np.ndarray:
