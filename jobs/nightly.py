@@ -68,16 +68,19 @@ def run(
         for plan in _resumable(uri, full=full):
             report = _night(steps.Tonight(config, catalog, plan, lease or _lease(catalog), progress))
         clock = steps.Clock()
-        base = clock("survey", lambda: base_of(uri, full=full and report is None))
-        found = clock("survey", lambda: survey(catalog, base.known))
-        again = _due(catalog, base)
-        if again is None and is_current(base.manifest, found, catalog.embed.precision):
-            return report or _unchanged(uri)
         run_id = runs.next_run_id(uri, catalog.name, date or dt.date.today())  # noqa: DTZ011
-        with clock.timing("plan"), drafting(catalog, found, base, again, limit) as draft:
-            _check_limits(config, draft.embedded, found.fingerprint)
-            lease = lease or _lease(catalog)
-            plan = freeze(draft, run_id, runs.run_directory(uri, run_id))
+        with Heartbeat(uri, run_id, progress, planning=True) as heart:
+            heart.step("survey")
+            base = clock("survey", lambda: base_of(uri, full=full and report is None))
+            found = clock("survey", lambda: survey(catalog, base.known))
+            again = _due(catalog, base)
+            if again is None and is_current(base.manifest, found, catalog.embed.precision):
+                return report or _unchanged(uri)
+            heart.step("plan")
+            with clock.timing("plan"), drafting(catalog, found, base, again, limit, heart.show) as draft:
+                _check_limits(config, draft.embedded, found.fingerprint)
+                lease = lease or _lease(catalog)
+                plan = freeze(draft, run_id, runs.run_directory(uri, run_id))
         return _night(steps.Tonight(config, catalog, plan, lease, progress, clock))
 
 
@@ -137,8 +140,8 @@ def _night(tonight: steps.Tonight) -> Night:
             steps.rejected(tonight, error)
         heart.step("hook")
         hook = clock("hook", lambda: run_hook(tonight.config.publish, uri, entry))
-    found = steps.report(tonight, "published", version, entry)
-    return steps.write(uri, replace(found, hook=hook))
+    found = steps.write(uri, replace(steps.report(tonight, "published", version, entry), hook=hook))
+    return steps.housekeep(tonight, found)
 
 
 def _resumable(uri: str, *, full: bool) -> Iterator[Plan]:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -17,6 +18,8 @@ from conjoin.pipeline import hashes, storage, utf8
 from conjoin.pipeline.edits import addresses_of
 from conjoin.pipeline.errors import SourceError, StorageError
 from conjoin.pipeline.ids import check_ids
+from conjoin.pipeline.parallel import in_order
+from conjoin.pipeline.progress import Progress, ShowProgress, silent
 from conjoin.pipeline.source import SourceFile, columns_of, read_batches, read_rows
 from conjoin.pipeline.state import FileState, Manifest, state_file
 from conjoin.pipeline.store import HASH_BYTES
@@ -113,7 +116,7 @@ def _files_of_due(question: Question) -> set[str]:
 
 
 @contextmanager
-def comparing(question: Question) -> Iterator[Comparison]:
+def comparing(question: Question, progress: ShowProgress = silent) -> Iterator[Comparison]:
     """Compare; what does not fit into 1 GB of memory is spilled to the directory that TMPDIR names.
 
     Raises SourceError for ids that are null, repeated, not UTF-8 or taken by a row of an unopened file.
@@ -130,7 +133,7 @@ def comparing(question: Question) -> Iterator[Comparison]:
         connection.execute("SET preserve_insertion_order = false; SET enable_progress_bar = false")
         comparison = Comparison(question, sort_files(question), connection, Path(folder))
         try:
-            _fill(comparison)
+            _fill(comparison, progress)
             yield comparison
         except duckdb.Error as error:
             what = f"cannot compare the source with its state: {str(error).splitlines()[0]}"
@@ -138,12 +141,12 @@ def comparing(question: Question) -> Iterator[Comparison]:
             raise StorageError(what, where=folder, next=advice) from error
 
 
-def _fill(comparison: Comparison) -> None:
+def _fill(comparison: Comparison, progress: ShowProgress) -> None:
     _load_old(comparison)
-    _load_new(comparison)
+    _load_new(comparison, progress)
     _check_unique(comparison)
     _join(comparison)
-    _look_deeper(comparison)
+    _look_deeper(comparison, progress)
     _tell_kinds(comparison)
     _find_addresses(comparison)
 
@@ -197,15 +200,16 @@ def _recalled(comparison: Comparison, state: FileState, number: int) -> pa.Table
     return pa.table(columns).cast(schema)
 
 
-def _load_new(comparison: Comparison) -> None:
+def _load_new(comparison: Comparison, progress: ShowProgress) -> None:
     """Table `now`: every row of opened and recalled files; hashes that cost much are null so far."""
-    from conjoin.pipeline.parallel import in_order
-
     _create(comparison, "now", _schema(comparison))
     question = comparison.question
     groups = [(n, g) for n in comparison.files.opened for g in range(len(question.files[n].row_groups))]
+    total, done = sum(question.files[number].num_rows for number in comparison.files.opened), 0
     for table in in_order(groups, lambda place: _read(comparison, *place)):
         _insert(comparison, "now", table)
+        done += table.num_rows
+        progress(Progress("plan", done, total))
     if question.limit is not None:
         comparison.connection.execute(
             "DELETE FROM now WHERE (file, row_group, row) NOT IN "
@@ -272,7 +276,7 @@ def _join(comparison: Comparison) -> None:
     )
 
 
-def _look_deeper(comparison: Comparison) -> None:
+def _look_deeper(comparison: Comparison, progress: ShowProgress) -> None:
     """Hashes that cost much: taken over where settled, computed for known rows, left to the worker for new ones."""
     question, connection = comparison.question, comparison.connection
     for modality in [m for m in question.modalities if _is_deep(question, m)]:
@@ -285,11 +289,13 @@ def _look_deeper(comparison: Comparison) -> None:
         if not places:
             continue
         connection.execute("CREATE OR REPLACE TABLE deep (file INTEGER, row_group INTEGER, row BIGINT, hash BLOB)")
-        for file, row_group in places:
-            wanted = connection.execute(
-                f"SELECT row FROM joined WHERE file = {file} AND row_group = {row_group} AND {unsettled} ORDER BY row"
-            ).fetchnumpy()["row"]
-            for table in _deep(question, modality, file, row_group, wanted):
+        wanted = (_rows_of(comparison, place, unsettled) for place in places)
+        look, rows = partial(_deep, question, modality), zip(places, wanted, strict=True)
+        # Of URIs many are asked for at a time already.
+        found = in_order(rows, look) if question.columns.contents[modality] == "bytes" else map(look, rows)
+        for done, tables in enumerate(found, 1):
+            progress(Progress(f"compare {modality}", done, len(places), "row groups"))
+            for table in tables:
                 _insert(comparison, "deep", table)
         connection.execute(
             f"UPDATE joined j SET {name} = d.hash FROM deep d "
@@ -297,18 +303,28 @@ def _look_deeper(comparison: Comparison) -> None:
         )
 
 
-def _deep(question: Question, modality: str, file: int, row_group: int, rows: np.ndarray) -> Iterator[pa.Table]:
+def _rows_of(comparison: Comparison, place: tuple[int, int], condition: str) -> np.ndarray:
+    """Positions in one row group, ascending, of joined rows that meet a condition."""
+    file, row_group = place
+    sql = f"SELECT row FROM joined WHERE file = {file} AND row_group = {row_group} AND {condition} ORDER BY row"
+    return cast("np.ndarray", comparison.connection.execute(sql).fetchnumpy()["row"])
+
+
+def _deep(question: Question, modality: str, wanted: tuple[tuple[int, int], np.ndarray]) -> list[pa.Table]:
+    """Hashes of some rows of one row group; their values, which may be large, are gone when it returns."""
     import numpy as np
     import pyarrow as pa
 
-    done, names = 0, columns_of(question.source, modality)
+    (file, row_group), rows = wanted
+    done, found, names = 0, [], columns_of(question.source, modality)
     for table in read_batches(question.source, question.files[file].path, row_group, names, rows, _BATCH_ROWS):
         size = table.num_rows
-        _, found = hashes.modality_hashes(question.source, table, modality)
+        _, digests = hashes.modality_hashes(question.source, table, modality)
         place = (pa.array(np.full(size, value, np.int32)) for value in (file, row_group))
-        columns = [*place, pa.array(rows[done : done + size]), found.cast(pa.binary())]
-        yield pa.table(columns, names=["file", "row_group", "row", "hash"])
+        columns = [*place, pa.array(rows[done : done + size]), digests.cast(pa.binary())]
+        found.append(pa.table(columns, names=["file", "row_group", "row", "hash"]))
         done += size
+    return found
 
 
 def _tell_kinds(comparison: Comparison) -> None:

@@ -19,6 +19,7 @@ from conjoin.pipeline import plan as plans
 from conjoin.pipeline.comparison import Comparison, Question, comparing
 from conjoin.pipeline.layout import Change, change_of, lay_out, row_bytes
 from conjoin.pipeline.plan import Plan
+from conjoin.pipeline.progress import ShowProgress, silent
 from conjoin.pipeline.quarantine import check_quarantine
 from conjoin.pipeline.source import columns_of_files
 from conjoin.pipeline.state import read_manifest
@@ -173,7 +174,12 @@ class _Cut:
 
 @contextmanager
 def drafting(
-    catalog: Catalog, found: Survey, base: Base, due: pa.Table | None = None, limit: int | None = None
+    catalog: Catalog,
+    found: Survey,
+    base: Base,
+    due: pa.Table | None = None,
+    limit: int | None = None,
+    progress: ShowProgress = silent,
 ) -> Iterator[Draft]:
     """Compare the source with what `base` holds. due: (id, modality, file) of quarantined values to try again.
 
@@ -200,7 +206,7 @@ def drafting(
         reread=manifest is not None and manifest.config != found.config,
         limit=limit,
     )
-    with comparing(question) as comparison:
+    with comparing(question, progress) as comparison:
         yield Draft(catalog, found, base, comparison, schema, change, thumbnail_px, anew)
 
 

@@ -245,7 +245,8 @@ def lineage(dataset: lance.LanceDataset) -> Iterator[tuple[int, Mapping[str, str
 def restore(uri: str) -> int | None:
     """Make the head the live version's content again (a rejected night, a rollback, a stranger's rows).
 
-    Returns the new head's version; None if there was nothing to do.
+    Returns the new head's version; None if there was nothing to do. Raises TableError if somebody else committed
+    meanwhile, and what they committed is the head again then.
     """
     head_, live = open_version(uri, None), open_version(uri)
     newest = next((version for version, _ in lineage(head_)), None)
@@ -253,7 +254,17 @@ def restore(uri: str) -> int | None:
         return None
     with storage.explaining("restore the live version", uri):
         live.restore()
-    return int(open_version(uri, None).version)
+    restored = int(live.version)
+    if restored == int(head_.version) + 1:
+        return restored
+    # Lance lets a Restore win over whatever came between the look and the commit, even with max_retries=0.
+    with storage.explaining("give the head back", uri):
+        open_version(uri, restored - 1).restore()
+    raise TableError(
+        f"somebody committed version {restored - 1} while live was restored; that is the head again",
+        where=uri,
+        next="Nothing is lost; see that one night at a time runs, and run the same command again",
+    )
 
 
 def run_of(dataset: lance.LanceDataset) -> Mapping[str, str]:
