@@ -18,14 +18,15 @@ import pyarrow as pa
 
 from conjoin.jobs import tonight as steps
 from conjoin.jobs.stopping import stoppable
-from conjoin.pipeline import landing, runs, storage, store
+from conjoin.pipeline import commits, landing, runs, storage, store
 from conjoin.pipeline.catalog import Catalog
 from conjoin.pipeline.compaction import compact
-from conjoin.pipeline.draft import base_of, drafting, freeze
+from conjoin.pipeline.draft import base_of, drafting
 from conjoin.pipeline.embed import embed
 from conjoin.pipeline.errors import ConfigError, GateError, Interrupted
 from conjoin.pipeline.estimate import check_limits, estimate, last_rate
 from conjoin.pipeline.forecast import Forecast, forecast
+from conjoin.pipeline.freezing import freeze
 from conjoin.pipeline.heartbeat import Heartbeat
 from conjoin.pipeline.hook import run_hook
 from conjoin.pipeline.night import Night
@@ -126,10 +127,10 @@ def _night(tonight: steps.Tonight) -> Night:
                 planned = plan.catalog(tonight.catalog)
                 tonight.records = step("embed", lambda: embed(planned, plan, attempt, progress=heart.show))
                 work = step("state", lambda: landing.prepare(uri, tonight.directory, plan, tonight.records))
-                candidate = step("candidate", lambda: store.candidate(uri, work))
+                candidate = step("candidate", lambda: commits.candidate(uri, work))
                 if candidate is not None:
                     tonight.gates = step("gates", lambda: steps.judge(tonight, candidate))
-                step("commit", lambda: store.commit(uri, work))
+                step("commit", lambda: commits.commit(uri, work))
             step("columns", lambda: steps.swap(tonight))
             step("compact", lambda: compact(uri, tonight.config.upkeep))
             tonight.indexes = step("index", lambda: steps.index(tonight))
