@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from conjoin.pipeline import hashes, storage
-from conjoin.pipeline.edits import addresses_of
+from conjoin.pipeline.edits import addresses_of, wants_a_pass
 from conjoin.pipeline.errors import SourceError, StorageError
 from conjoin.pipeline.ids import check_ids
 from conjoin.pipeline.progress import ShowProgress, silent
@@ -71,8 +71,8 @@ class Comparison:
 
     Table `rows`: file, row_group, row, id, kind ('new', 'changed', 'kept', 'moved', 'unchanged'), the new
     hashes (null: not known before the row is read), `was_<hash>` of the old ones, `changed_<modality>`, retold (some
-    vector of it is computed anew), address (of the row in the live table, null where it has none). Table `deleted`:
-    id, address.
+    vector of it is computed anew), address (of the row in the live table; null where it has none, or where none is
+    needed). Table `deleted`: id, address.
     """
 
     question: Question
@@ -204,10 +204,11 @@ def _find_addresses(comparison: Comparison) -> None:
     question, connection = comparison.question, comparison.connection
     connection.execute("CREATE TABLE places (id " + _sql_type(comparison) + ", address UBIGINT)")
     if question.live is not None:
-        wanted = None
-        if not question.anew:
-            named = "SELECT id FROM kinds WHERE kind NOT IN ('moved', 'unchanged') UNION ALL FROM gone"
-            wanted = connection.cursor().sql(named).to_arrow_table().column(0)
+        named = "SELECT id FROM kinds WHERE kind NOT IN ('moved', 'unchanged') UNION ALL FROM gone"
+        many = bool(question.anew) or wants_a_pass(
+            question.live, _scalar(connection, f"SELECT count(*) FROM ({named})")
+        )
+        wanted = None if many else connection.cursor().sql(named).to_arrow_table().column(0)
         for table in addresses_of(question.live, wanted):
             insert(comparison, "places", table)
     retold = "known" if question.anew else "false"
@@ -236,6 +237,6 @@ def _sql_type(comparison: Comparison) -> str:
 
 
 def _scalar(connection: duckdb.DuckDBPyConnection, sql: str) -> int:
-    row = connection.execute(sql).fetchone()
-    assert row is not None
-    return int(row[0])
+    # All of it: DuckDB refuses other work on a connection while an answer is not fetched to its end.
+    ((count,),) = connection.execute(sql).fetchall()
+    return int(count)
