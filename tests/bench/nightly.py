@@ -111,7 +111,9 @@ class Store:
         return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
     def requests(self) -> Counter[str]:
-        return Counter(re.findall(r'"(GET|PUT|HEAD|POST|DELETE) /', self.log.read_text())) if self.s3 else Counter()
+        if not self.s3:
+            return Counter()
+        return Counter(re.findall(r'"(?:\x1b\[\d+m)*(GET|PUT|HEAD|POST|DELETE) /', self.log.read_text()))
 
 
 class Catalog:
@@ -215,7 +217,7 @@ def night(name: str, store: Store, tower: Path) -> Night:
         while process.poll() is None:
             together = max(together, sample(mark.encode(), process.pid, peaks))
             time.sleep(0.5)
-    seconds = time.monotonic() - started
+    seconds, requests = time.monotonic() - started, store.requests() - asked
     if process.returncode:
         raise SystemExit(f"{name}: exit {process.returncode}\n{(store.folder / 'stderr.log').read_text()[-2000:]}")
     found, after = json.loads(out.read_text()), store.sizes()
@@ -230,7 +232,7 @@ def night(name: str, store: Store, tower: Path) -> Night:
         largest_mb=max((p.resident for p in peaks.values()), default=0.0),
         all_mb=together,
         steps={step: value for step, value in found.get("seconds", {}).items() if value >= 0.1},
-        requests=dict(store.requests() - asked),
+        requests=dict(requests),
     )
     say(f"{name:<34} {seconds:7.1f} s  {together:,.0f} MB  {result.steps}")
     return result
