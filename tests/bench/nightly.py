@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import itertools
 import json
 import math
 import os
@@ -234,7 +235,8 @@ def night(name: str, store: Store, tower: Path) -> Night:
         steps={step: value for step, value in found.get("seconds", {}).items() if value >= 0.1},
         requests=dict(requests),
     )
-    say(f"{name:<34} {seconds:7.1f} s  {together:,.0f} MB  {result.steps}")
+    memory = f"{together:,.0f} MB of memory, {result.written_mb:,.1f} MB in {len(new)} files written"
+    say(f"{name:<34} {seconds:7.1f} s  {result.embedded:>9,} embedded  {memory}  {result.steps}  {result.requests}")
     return result
 
 
@@ -250,8 +252,12 @@ def nights(given: argparse.Namespace, folder: Path) -> tuple[list[Night], list[C
         if scene in wanted:
             change(catalog)
             found.append(night(name, store, towers[scene == "encoder"]))
-    peers = [full_reembed(folder / "source", towers[0], folder)] if "loop" in wanted else []
-    peers += merge_inserts(given.rows, DIM, SHARES, folder) if "merge" in wanted else []
+    merges = merge_inserts(given.rows, DIM, SHARES, folder) if "merge" in wanted else iter(())
+    loops = (full_reembed(folder / "source", towers[0], folder) for _ in range("loop" in wanted))
+    peers = []
+    for peer in itertools.chain(merges, loops):
+        say(f"{peer.name:<34} {peer.seconds:7.1f} s  {peer.written_mb:,.1f} MB written")
+        peers.append(peer)
     return found, peers
 
 
