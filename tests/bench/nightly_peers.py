@@ -34,10 +34,11 @@ def size_of(folder: Path) -> float:
 
 
 def full_reembed(source: Path, encoder: Path, folder: Path) -> Contender:
-    """A plain loop: read, embed every text longest first, write a Lance table, build its vector index."""
+    """A plain loop: read, embed every text longest first, write a Lance table, build an index like conjoin's."""
     import lance
 
     import conjoin as cj
+    from conjoin.pipeline.index import KIND, num_partitions
 
     started = time.monotonic()
     table = pq.read_table(source)
@@ -54,7 +55,7 @@ def full_reembed(source: Path, encoder: Path, folder: Path) -> Contender:
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
     where = folder / "again.lance"
     dataset = lance.write_dataset(table.append_column("text_vec", column), str(where))
-    dataset.create_index("text_vec", "IVF_PQ", metric="cosine", num_partitions=1024, num_sub_vectors=64)
+    dataset.create_index("text_vec", KIND, metric="cosine", num_partitions=num_partitions(len(texts)))
     return Contender("a plain loop over all rows", time.monotonic() - started, len(texts), size_of(where))
 
 
