@@ -54,10 +54,11 @@ def load_old(comparison: Comparison) -> None:
     if question.manifest is None:
         return
     numbers = {question.files[n].path: n for n in (*comparison.files.opened, *comparison.files.recalled)}
+    gone = {state.file.path for state in comparison.files.gone}
     for state in question.manifest.files:
-        gone = state in comparison.files.gone
-        if state.path and (gone or state.file.path in numbers):
-            table = _recalled(comparison, state, -1 if gone else numbers[state.file.path])
+        path = state.file.path
+        if state.path and (path in gone or path in numbers):
+            table = _recalled(comparison, state, -1 if path in gone else numbers[path])
             insert(comparison, "old", table)
 
 
