@@ -18,14 +18,15 @@ import pyarrow as pa
 
 from conjoin.jobs import tonight as steps
 from conjoin.jobs.stopping import stoppable
-from conjoin.pipeline import landing, runs, storage, store
+from conjoin.pipeline import commits, landing, runs, storage, store
 from conjoin.pipeline.catalog import Catalog
 from conjoin.pipeline.compaction import compact
-from conjoin.pipeline.draft import base_of, drafting, freeze
+from conjoin.pipeline.draft import base_of, drafting
 from conjoin.pipeline.embed import embed
 from conjoin.pipeline.errors import ConfigError, GateError, Interrupted
 from conjoin.pipeline.estimate import check_limits, estimate, last_rate
 from conjoin.pipeline.forecast import Forecast, forecast
+from conjoin.pipeline.freezing import freeze
 from conjoin.pipeline.heartbeat import Heartbeat
 from conjoin.pipeline.hook import run_hook
 from conjoin.pipeline.night import Night
@@ -68,16 +69,19 @@ def run(
         for plan in _resumable(uri, full=full):
             report = _night(steps.Tonight(config, catalog, plan, lease or _lease(catalog), progress))
         clock = steps.Clock()
-        base = clock("survey", lambda: base_of(uri, full=full and report is None))
-        found = clock("survey", lambda: survey(catalog, base.known))
-        again = _due(catalog, base)
-        if again is None and is_current(base.manifest, found, catalog.embed.precision):
-            return report or _unchanged(uri)
         run_id = runs.next_run_id(uri, catalog.name, date or dt.date.today())  # noqa: DTZ011
-        with clock.timing("plan"), drafting(catalog, found, base, again, limit) as draft:
-            _check_limits(config, draft.embedded, found.fingerprint)
-            lease = lease or _lease(catalog)
-            plan = freeze(draft, run_id, runs.run_directory(uri, run_id))
+        with Heartbeat(uri, run_id, progress, planning=True) as heart:
+            heart.step("survey")
+            base = clock("survey", lambda: base_of(uri, full=full and report is None))
+            found = clock("survey", lambda: survey(catalog, base.known))
+            again = _due(catalog, base)
+            if again is None and is_current(base.manifest, found, catalog.embed.precision):
+                return report or _unchanged(uri)
+            heart.step("plan")
+            with clock.timing("plan"), drafting(catalog, found, base, again, limit, heart.show) as draft:
+                _check_limits(config, draft.embedded, found.fingerprint)
+                lease = lease or _lease(catalog)
+                plan = freeze(draft, run_id, runs.run_directory(uri, run_id))
         return _night(steps.Tonight(config, catalog, plan, lease, progress, clock))
 
 
@@ -123,10 +127,10 @@ def _night(tonight: steps.Tonight) -> Night:
                 planned = plan.catalog(tonight.catalog)
                 tonight.records = step("embed", lambda: embed(planned, plan, attempt, progress=heart.show))
                 work = step("state", lambda: landing.prepare(uri, tonight.directory, plan, tonight.records))
-                candidate = step("candidate", lambda: store.candidate(uri, work))
+                candidate = step("candidate", lambda: commits.candidate(uri, work))
                 if candidate is not None:
                     tonight.gates = step("gates", lambda: steps.judge(tonight, candidate))
-                step("commit", lambda: store.commit(uri, work))
+                step("commit", lambda: commits.commit(uri, work))
             step("columns", lambda: steps.swap(tonight))
             step("compact", lambda: compact(uri, tonight.config.upkeep))
             tonight.indexes = step("index", lambda: steps.index(tonight))
@@ -137,8 +141,8 @@ def _night(tonight: steps.Tonight) -> Night:
             steps.rejected(tonight, error)
         heart.step("hook")
         hook = clock("hook", lambda: run_hook(tonight.config.publish, uri, entry))
-    found = steps.report(tonight, "published", version, entry)
-    return steps.write(uri, replace(found, hook=hook))
+    found = steps.write(uri, replace(steps.report(tonight, "published", version, entry), hook=hook))
+    return steps.housekeep(tonight, found)
 
 
 def _resumable(uri: str, *, full: bool) -> Iterator[Plan]:

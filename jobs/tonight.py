@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import pyarrow as pa
 
-from conjoin.pipeline import edits, night_page, runs, store
+from conjoin.pipeline import cleaning, edits, night_page, runs, store
 from conjoin.pipeline.catalog import Catalog
 from conjoin.pipeline.embed import Attempt
-from conjoin.pipeline.errors import GateError
+from conjoin.pipeline.errors import ConjoinError, GateError
+from conjoin.pipeline.estimate import last_rate
 from conjoin.pipeline.full_text import index_texts
 from conjoin.pipeline.gates import Expected, GateResult, check_gates, check_indexed
 from conjoin.pipeline.index import build
@@ -88,7 +89,8 @@ def attempt(tonight: Tonight) -> Attempt:
         head = store.open_version(tonight.uri, None)
     left = frozenset(changed_since(plan, {}) if tonight.records else ())
     version = 0 if head is None else int(head.version)
-    return Attempt(version, left, tonight.config.cluster.address, lambda: check_lease(tonight.lease))
+    rate = last_rate(tonight.uri, plan.fingerprint) or 0.0
+    return Attempt(version, left, tonight.config.cluster.address, lambda: check_lease(tonight.lease), rate)
 
 
 def judge(tonight: Tonight, candidate: lance.LanceDataset) -> tuple[GateResult, ...]:
@@ -183,6 +185,15 @@ def write(uri: str, night: Night) -> Night:
     night_page.write(uri, night)
     runs.finish(uri, night.run_id, night.to_json())
     return night
+
+
+def housekeep(tonight: Tonight, night: Night) -> Night:
+    """What the table's past left behind goes, as `upkeep` says; the night is over and stays so if that fails."""
+    try:
+        items = tonight.clock("housekeep", lambda: cleaning.housekeep(tonight.uri, tonight.config.upkeep))
+    except ConjoinError as error:
+        return write(tonight.uri, replace(night, problem=f"published; housekeeping is left to the next night: {error}"))
+    return write(tonight.uri, replace(night, cleaned=items, seconds=tonight.clock.seconds))
 
 
 def live(uri: str) -> lance.LanceDataset | None:

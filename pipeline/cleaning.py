@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from conjoin.pipeline.upkeep import Upkeep
 
 _DAY_S = 86_400.0
+_OF_A_NIGHT = 500  # versions, or files of a kind, that go at the end of a night
 _LEASES = 3  # the newest ones stay, so that numbers go on increasing
 _PLAN_FILES = {"plan.json", "edits.json"}
 _OURS = ("data/", "_deletions/", "_transactions/", "_indices/", "_versions/d")
@@ -117,8 +118,20 @@ def clean(found: Rubbish, *, orphans: bool = True) -> tuple[Item, ...]:
 
 
 def housekeep(uri: str, upkeep: Upkeep) -> tuple[Item, ...]:
-    """A night's own share, when it is over: everything but files that no version names, which are only counted."""
-    return clean(rubbish(uri, upkeep), orphans=False)
+    """A night's own share, when it is over: the oldest so many of each kind, but files that no version names are only
+    counted. What is left is for the next nights, or for `conjoin clean`.
+    """
+    found = rubbish(uri, upkeep)
+    versions = found.versions[:_OF_A_NIGHT]
+    share = replace(
+        found,
+        versions=versions,
+        version_bytes=found.version_bytes if versions == found.versions else _version_bytes(uri, versions),
+        state=found.state[:_OF_A_NIGHT],
+        plans=found.plans[:_OF_A_NIGHT],
+        leases=found.leases[:_OF_A_NIGHT],
+    )
+    return clean(share, orphans=False)
 
 
 def _version_bytes(uri: str, versions: Collection[int]) -> int:

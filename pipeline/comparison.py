@@ -13,18 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from conjoin.pipeline import hashes, storage, utf8
-from conjoin.pipeline.edits import addresses_of
+from conjoin.pipeline import hashes, storage
+from conjoin.pipeline.edits import addresses_of, wants_a_pass
 from conjoin.pipeline.errors import SourceError, StorageError
 from conjoin.pipeline.ids import check_ids
-from conjoin.pipeline.source import SourceFile, columns_of, read_batches, read_rows
-from conjoin.pipeline.state import FileState, Manifest, state_file
-from conjoin.pipeline.store import HASH_BYTES
+from conjoin.pipeline.progress import ShowProgress, silent
+from conjoin.pipeline.sides import insert, load_new, load_old, look_deeper
+from conjoin.pipeline.source import SourceFile
+from conjoin.pipeline.state import FileState, Manifest
 
 if TYPE_CHECKING:
     import duckdb
     import lance
-    import numpy as np
     import pyarrow as pa
 
     from conjoin.pipeline.columns import SourceSchema
@@ -71,8 +71,8 @@ class Comparison:
 
     Table `rows`: file, row_group, row, id, kind ('new', 'changed', 'kept', 'moved', 'unchanged'), the new
     hashes (null: not known before the row is read), `was_<hash>` of the old ones, `changed_<modality>`, retold (some
-    vector of it is computed anew), address (of the row in the live table, null where it has none). Table `deleted`:
-    id, address.
+    vector of it is computed anew), address (of the row in the live table; null where it has none, or where none is
+    needed). Table `deleted`: id, address.
     """
 
     question: Question
@@ -113,7 +113,7 @@ def _files_of_due(question: Question) -> set[str]:
 
 
 @contextmanager
-def comparing(question: Question) -> Iterator[Comparison]:
+def comparing(question: Question, progress: ShowProgress = silent) -> Iterator[Comparison]:
     """Compare; what does not fit into 1 GB of memory is spilled to the directory that TMPDIR names.
 
     Raises SourceError for ids that are null, repeated, not UTF-8 or taken by a row of an unopened file.
@@ -130,7 +130,7 @@ def comparing(question: Question) -> Iterator[Comparison]:
         connection.execute("SET preserve_insertion_order = false; SET enable_progress_bar = false")
         comparison = Comparison(question, sort_files(question), connection, Path(folder))
         try:
-            _fill(comparison)
+            _fill(comparison, progress)
             yield comparison
         except duckdb.Error as error:
             what = f"cannot compare the source with its state: {str(error).splitlines()[0]}"
@@ -138,108 +138,14 @@ def comparing(question: Question) -> Iterator[Comparison]:
             raise StorageError(what, where=folder, next=advice) from error
 
 
-def _fill(comparison: Comparison) -> None:
-    _load_old(comparison)
-    _load_new(comparison)
+def _fill(comparison: Comparison, progress: ShowProgress) -> None:
+    load_old(comparison)
+    load_new(comparison, progress)
     _check_unique(comparison)
     _join(comparison)
-    _look_deeper(comparison)
+    look_deeper(comparison, progress)
     _tell_kinds(comparison)
     _find_addresses(comparison)
-
-
-def _schema(comparison: Comparison, *, placed: bool = True) -> pa.Schema:
-    import pyarrow as pa
-
-    question = comparison.question
-    place = [("file", pa.int32()), ("row_group", pa.int32()), ("row", pa.int64())] if placed else []
-    digests = [(name, pa.binary(HASH_BYTES)) for name in comparison.hash_names]
-    return pa.schema([*place, ("id", question.columns.arrow.field(question.source.id).type), *digests])
-
-
-def _create(comparison: Comparison, name: str, schema: pa.Schema) -> None:
-    comparison.connection.register("__empty", schema.empty_table())
-    comparison.connection.execute(f"CREATE TABLE {name} AS FROM __empty")
-    comparison.connection.unregister("__empty")
-
-
-def _insert(comparison: Comparison, name: str, table: pa.Table) -> None:
-    comparison.connection.register("__some", table)
-    comparison.connection.execute(f"INSERT INTO {name} SELECT * FROM __some")
-    comparison.connection.unregister("__some")
-
-
-def _load_old(comparison: Comparison) -> None:
-    """Table `old`: what the states of opened, recalled and vanished files remember; file -1: of none of tonight's."""
-    _create(comparison, "old", _schema(comparison))
-    question = comparison.question
-    if question.manifest is None:
-        return
-    numbers = {question.files[n].path: n for n in (*comparison.files.opened, *comparison.files.recalled)}
-    for state in question.manifest.files:
-        gone = state in comparison.files.gone
-        if state.path and (gone or state.file.path in numbers):
-            table = _recalled(comparison, state, -1 if gone else numbers[state.file.path])
-            _insert(comparison, "old", table)
-
-
-def _recalled(comparison: Comparison, state: FileState, number: int) -> pa.Table:
-    import numpy as np
-    import pyarrow as pa
-
-    assert comparison.question.live is not None
-    table = state_file(str(comparison.question.live.uri), state)
-    schema = _schema(comparison)
-    columns = {"file": pa.array(np.full(table.num_rows, number, np.int32))}
-    for name in schema.names[1:]:
-        absent = name not in table.schema.names
-        columns[name] = pa.nulls(table.num_rows, schema.field(name).type) if absent else table[name]
-    return pa.table(columns).cast(schema)
-
-
-def _load_new(comparison: Comparison) -> None:
-    """Table `now`: every row of opened and recalled files; hashes that cost much are null so far."""
-    from conjoin.pipeline.parallel import in_order
-
-    _create(comparison, "now", _schema(comparison))
-    question = comparison.question
-    groups = [(n, g) for n in comparison.files.opened for g in range(len(question.files[n].row_groups))]
-    for table in in_order(groups, lambda place: _read(comparison, *place)):
-        _insert(comparison, "now", table)
-    if question.limit is not None:
-        comparison.connection.execute(
-            "DELETE FROM now WHERE (file, row_group, row) NOT IN "
-            f"(SELECT (file, row_group, row) FROM now ORDER BY file, row_group, row LIMIT {question.limit})"
-        )
-    numbers = ", ".join(map(str, comparison.files.recalled)) or "-2"
-    comparison.connection.execute(f"INSERT INTO now SELECT * FROM old WHERE file IN ({numbers})")
-
-
-def _read(comparison: Comparison, number: int, row_group: int) -> pa.Table:
-    import numpy as np
-    import pyarrow as pa
-
-    question, schema = comparison.question, _schema(comparison)
-    source, path = question.source, question.files[number].path
-    cheap = [] if question.manifest is None else [m for m in question.modalities if not _is_deep(question, m)]
-    rest = [] if question.manifest is None else [*source.keep, *([source.changed_by] if source.changed_by else [])]
-    names = [source.id, *rest, *(name for m in cheap for name in columns_of(source, m))]
-    table = read_rows(source, path, row_group, names)
-    ids = table[source.id]
-    if utf8.checked(ids) is not ids:
-        where = f"{path} row group {row_group}"
-        raise SourceError(f"source.id: column {source.id!r} holds an id that is not UTF-8", where=where)
-    size = table.num_rows
-    columns: dict[str, object] = {name: pa.nulls(size, schema.field(name).type) for name in comparison.hash_names}
-    columns |= {f"{m}_hash": hashes.modality_hashes(source, table, m)[1] for m in cheap}
-    columns |= hashes.row_hashes(source, table) if question.manifest is not None else {}
-    place = {"file": np.full(size, number, np.int32), "row_group": np.full(size, row_group, np.int32)}
-    columns |= {**{k: pa.array(v) for k, v in place.items()}, "row": pa.array(np.arange(size)), "id": ids}
-    return pa.table({name: columns[name] for name in schema.names}).cast(schema)
-
-
-def _is_deep(question: Question, modality: str) -> bool:
-    return hashes.is_deep(question.source, question.columns.contents[modality])
 
 
 def _check_unique(comparison: Comparison) -> None:
@@ -272,45 +178,6 @@ def _join(comparison: Comparison) -> None:
     )
 
 
-def _look_deeper(comparison: Comparison) -> None:
-    """Hashes that cost much: taken over where settled, computed for known rows, left to the worker for new ones."""
-    question, connection = comparison.question, comparison.connection
-    for modality in [m for m in question.modalities if _is_deep(question, m)]:
-        name = f"{modality}_hash"
-        connection.execute(f"UPDATE joined SET {name} = was_{name} WHERE known AND settled")
-        unsettled = "known AND NOT settled"
-        places = connection.execute(
-            f"SELECT DISTINCT file, row_group FROM joined WHERE {unsettled} ORDER BY ALL"
-        ).fetchall()
-        if not places:
-            continue
-        connection.execute("CREATE OR REPLACE TABLE deep (file INTEGER, row_group INTEGER, row BIGINT, hash BLOB)")
-        for file, row_group in places:
-            wanted = connection.execute(
-                f"SELECT row FROM joined WHERE file = {file} AND row_group = {row_group} AND {unsettled} ORDER BY row"
-            ).fetchnumpy()["row"]
-            for table in _deep(question, modality, file, row_group, wanted):
-                _insert(comparison, "deep", table)
-        connection.execute(
-            f"UPDATE joined j SET {name} = d.hash FROM deep d "
-            "WHERE (j.file, j.row_group, j.row) = (d.file, d.row_group, d.row)"
-        )
-
-
-def _deep(question: Question, modality: str, file: int, row_group: int, rows: np.ndarray) -> Iterator[pa.Table]:
-    import numpy as np
-    import pyarrow as pa
-
-    done, names = 0, columns_of(question.source, modality)
-    for table in read_batches(question.source, question.files[file].path, row_group, names, rows, _BATCH_ROWS):
-        size = table.num_rows
-        _, found = hashes.modality_hashes(question.source, table, modality)
-        place = (pa.array(np.full(size, value, np.int32)) for value in (file, row_group))
-        columns = [*place, pa.array(rows[done : done + size]), found.cast(pa.binary())]
-        yield pa.table(columns, names=["file", "row_group", "row", "hash"])
-        done += size
-
-
 def _tell_kinds(comparison: Comparison) -> None:
     """`changed_<modality>` and `kind` of every row; rows that are due count as changed."""
     question, connection = comparison.question, comparison.connection
@@ -337,12 +204,13 @@ def _find_addresses(comparison: Comparison) -> None:
     question, connection = comparison.question, comparison.connection
     connection.execute("CREATE TABLE places (id " + _sql_type(comparison) + ", address UBIGINT)")
     if question.live is not None:
-        wanted = None
-        if not question.anew:
-            named = "SELECT id FROM kinds WHERE kind NOT IN ('moved', 'unchanged') UNION ALL FROM gone"
-            wanted = connection.cursor().sql(named).to_arrow_table().column(0)
+        named = "SELECT id FROM kinds WHERE kind NOT IN ('moved', 'unchanged') UNION ALL FROM gone"
+        many = bool(question.anew) or wants_a_pass(
+            question.live, _scalar(connection, f"SELECT count(*) FROM ({named})")
+        )
+        wanted = None if many else connection.cursor().sql(named).to_arrow_table().column(0)
         for table in addresses_of(question.live, wanted):
-            _insert(comparison, "places", table)
+            insert(comparison, "places", table)
     retold = "known" if question.anew else "false"
     connection.execute(
         f"CREATE TABLE rows AS SELECT k.*, {retold} AS retold, p.address FROM kinds k LEFT JOIN places p USING (id); "
@@ -369,6 +237,6 @@ def _sql_type(comparison: Comparison) -> str:
 
 
 def _scalar(connection: duckdb.DuckDBPyConnection, sql: str) -> int:
-    row = connection.execute(sql).fetchone()
-    assert row is not None
-    return int(row[0])
+    # All of it: DuckDB refuses other work on a connection while an answer is not fetched to its end.
+    ((count,),) = connection.execute(sql).fetchall()
+    return int(count)

@@ -1,24 +1,22 @@
-"""A plan in the making: what changed, and how the work is cut into units; nothing durable is written until `freeze`.
+"""A plan in the making: what changed, and how much work that is; nothing durable is written until it is frozen.
 
 Assumes: one draft at a time in a process; the comparison lies on disk and is gone when the block ends.
 """
 
 from __future__ import annotations
 
-import tempfile
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conjoin.pipeline import hashes, storage
+from conjoin.pipeline import hashes
 from conjoin.pipeline import plan as plans
 from conjoin.pipeline.comparison import Comparison, Question, comparing
+from conjoin.pipeline.cutting import INSERTED, REWRITTEN, Cut, inserts, mask_of, rewrites
 from conjoin.pipeline.layout import Change, change_of, lay_out, row_bytes
-from conjoin.pipeline.plan import Plan
+from conjoin.pipeline.progress import ShowProgress, silent
 from conjoin.pipeline.quarantine import check_quarantine
 from conjoin.pipeline.source import columns_of_files
 from conjoin.pipeline.state import read_manifest
@@ -30,7 +28,7 @@ from conjoin.pipeline.store import (
     restore,
     vector_columns,
 )
-from conjoin.pipeline.units import INSERT, REWRITE, Unit, cut, ids_digest, unit_rows
+from conjoin.pipeline.units import unit_rows
 
 if TYPE_CHECKING:
     import lance
@@ -99,11 +97,11 @@ class Draft:
         return tuple(dict.fromkeys(self.catalog.source.keep))
 
     @cached_property
-    def units(self) -> tuple[_Cut, ...]:
+    def units(self) -> tuple[Cut, ...]:
         """All the work in order, without the rows."""
         rows = sum(file.num_rows for file in self.found.files)
         size = unit_rows(self.catalog.embed.unit_rows, rows, row_bytes(self.schema, self.thumbnail_px))
-        return (*_inserts(self, size), *_rewrites(self))
+        return (*inserts(self, size), *rewrites(self))
 
     @property
     def embedded(self) -> int:
@@ -133,7 +131,7 @@ class Draft:
         total = 0.0
         for number in self.comparison.files.recalled:
             file = self.found.files[number]
-            sql = f"SELECT count(*) FROM rows WHERE file = {number} AND ({_INSERTED} OR {_REWRITTEN})"
+            sql = f"SELECT count(*) FROM rows WHERE file = {number} AND ({INSERTED} OR {REWRITTEN})"
             total += file.size_bytes * _scalar(self.comparison, sql) / max(file.num_rows, 1)
         return round(total)
 
@@ -142,8 +140,8 @@ class Draft:
 
     def _seen_by(self, modality: str) -> str:
         bit = 1 << self.modalities.index(modality)
-        again = f" OR {_REWRITTEN}" if modality in self.anew else ""
-        return f"(({_INSERTED} AND {_mask(self)} & {bit} > 0){again})"
+        again = f" OR {REWRITTEN}" if modality in self.anew else ""
+        return f"(({INSERTED} AND {mask_of(self)} & {bit} > 0){again})"
 
     def counts(self) -> dict[str, int]:
         """Rows by what becomes of them; of a modality that is computed anew `again`, of retries `due`."""
@@ -153,27 +151,20 @@ class Draft:
             sql = f"SELECT count(*) FROM rows WHERE kind = 'changed' AND changed_{modality}"
             counts[f"changed_{modality}"] = _scalar(self.comparison, sql)
         if self.anew:
-            counts["again"] = _scalar(self.comparison, f"SELECT count(*) FROM rows WHERE {_REWRITTEN}")
+            counts["again"] = _scalar(self.comparison, f"SELECT count(*) FROM rows WHERE {REWRITTEN}")
         due = self.comparison.question.due
         counts["due"] = 0 if due is None else due.num_rows
         return counts
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """A unit without its rows. where: SQL that selects the rows of its kind, in their order; rows: how many."""
-
-    operation: str
-    rows: int
-    where: str
-    embed: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
-    fragment: int = -1
-
-
 @contextmanager
 def drafting(
-    catalog: Catalog, found: Survey, base: Base, due: pa.Table | None = None, limit: int | None = None
+    catalog: Catalog,
+    found: Survey,
+    base: Base,
+    due: pa.Table | None = None,
+    limit: int | None = None,
+    progress: ShowProgress = silent,
 ) -> Iterator[Draft]:
     """Compare the source with what `base` holds. due: (id, modality, file) of quarantined values to try again.
 
@@ -200,7 +191,7 @@ def drafting(
         reread=manifest is not None and manifest.config != found.config,
         limit=limit,
     )
-    with comparing(question) as comparison:
+    with comparing(question, progress) as comparison:
         yield Draft(catalog, found, base, comparison, schema, change, thumbnail_px, anew)
 
 
@@ -226,184 +217,6 @@ def _added(base: Base, anew: Sequence[str]) -> bool:
     """Whether the modalities that are computed anew are only those that the table lacks."""
     assert base.live is not None
     return not any(f"{modality}_vec" in base.live.schema.names for modality in anew)
-
-
-_INSERTED = "(kind IN ('new', 'changed') OR (retold AND address IS NULL))"
-_REWRITTEN = "(address IS NOT NULL AND kind NOT IN ('new', 'changed') AND (retold OR kind = 'kept'))"
-
-
-def _mask(draft: Draft) -> str:
-    """SQL: a bit per modality whose tower runs for an inserted row."""
-    whole = (1 << len(draft.modalities)) - 1
-    bits = [f"(CASE WHEN changed_{m} THEN {1 << bit} ELSE 0 END)" for bit, m in enumerate(draft.modalities)]
-    again = sum(1 << bit for bit, m in enumerate(draft.modalities) if m in draft.anew)
-    return f"(CASE WHEN kind = 'new' OR address IS NULL THEN {whole} ELSE ({' + '.join(bits)}) | {again} END)"
-
-
-def _inserts(draft: Draft, size: int) -> Iterator[_Cut]:
-    mask = _mask(draft)
-    by = "mask, file, row_group"
-    sql = f"SELECT {mask} AS mask, count(*) FROM rows WHERE {_INSERTED} GROUP BY {by} ORDER BY {by}"
-    groups: dict[int, list[int]] = {}
-    for number, count in draft.comparison.connection.execute(sql).fetchall():
-        groups.setdefault(int(number), []).append(int(count))
-    for number, sizes in groups.items():
-        embed = tuple(m for bit, m in enumerate(draft.modalities) if number >> bit & 1)
-        where = f"{_INSERTED} AND {mask} = {number} ORDER BY file, row_group, row"
-        yield from (_Cut(INSERT, rows, where, embed) for rows in cut(sizes, size))
-
-
-def _rewrites(draft: Draft) -> Iterator[_Cut]:
-    """One unit per fragment: all its rows for a new encoder, else the rows whose kept columns changed."""
-    sql = (
-        f"SELECT address >> 32 AS fragment, count(*), count(*) FILTER (kind = 'kept') FROM rows WHERE {_REWRITTEN} "
-        "GROUP BY fragment ORDER BY fragment"
-    )
-    again = [f"{modality}_vec" for modality in draft.anew]
-    added = [name for name in draft.change.added if name in draft.schema.names and name not in draft.kept]
-    for fragment, count, num_kept in draft.comparison.connection.execute(sql).fetchall():
-        columns = dict.fromkeys([*again, *added, *(draft.kept if num_kept else ())])
-        where = f"{_REWRITTEN} ORDER BY address >> 32, file, row_group, row"
-        yield _Cut(REWRITE, int(count), where, draft.anew, tuple(columns), int(fragment))
-
-
-def freeze(draft: Draft, run_id: str, run: str) -> Plan:
-    """Write the rows of the units and what else the night needs below `run`, then plan.json."""
-    catalog, found, base = draft.catalog, draft.found, draft.base
-    folder = f"plan-{uuid.uuid4().hex[:8]}"
-    with tempfile.TemporaryDirectory(prefix="conjoin-rows-") as local:
-        with storage.explaining("spool the plan", local):
-            units = _write_rows(draft, Path(local))
-            _write_rest(draft, Path(local))
-        storage.copy_tree(local, storage.join(run, folder))
-    files = draft.comparison.files
-    plan = Plan(
-        run_id=run_id,
-        source=catalog.source.model_dump_json(),
-        fingerprint=found.fingerprint,
-        encoder=catalog.encoder,
-        precision=catalog.embed.precision,
-        config=found.config,
-        base_version=0 if base.head is None else int(base.head.version),
-        base_run="" if base.manifest is None else base.manifest.run_id,
-        thumbnail_px=draft.thumbnail_px,
-        schema=draft.schema,
-        columns=draft.comparison.question.columns.arrow,
-        change=draft.change,
-        folder=folder,
-        files=found.files,
-        stated=tuple(sorted((*files.opened, *files.recalled))),
-        units=units,
-        counts=draft.counts(),
-    )
-    return plans.freeze(plan, run)
-
-
-def rows_schema(id_type: pa.DataType, hash_names: Sequence[str]) -> pa.Schema:
-    """Rows of units: `file` counts the plan's files, `row` is the position in the row group.
-
-    address: of the row that the new one replaces or that is rewritten; `was_<hash>`: as the live version knows it.
-    """
-    import pyarrow as pa
-
-    position = {"unit": pa.int32(), "file": pa.int32(), "row_group": pa.int32(), "row": pa.int64()}
-    digests = [pa.field(f"{before}{name}", pa.binary(16)) for before in ("", "was_") for name in hash_names]
-    return pa.schema([*position.items(), ("id", id_type), ("address", pa.uint64()), *digests])
-
-
-def _write_rows(draft: Draft, folder: Path) -> tuple[Unit, ...]:
-    """One row group per unit, so that an actor reads only its own."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    question = draft.comparison.question
-    schema = rows_schema(question.columns.arrow.field(question.source.id).type, draft.comparison.hash_names)
-    units: list[Unit] = []
-    names = ", ".join(schema.names[1:])
-    with pq.ParquetWriter(folder / f"{plans.ROWS}.parquet", schema, compression="zstd") as writer:
-        for where, group in _by_where(draft.units):
-            rows = _Rows(draft.comparison.stream(f"SELECT {names} FROM rows WHERE {where}"))
-            for piece in group:
-                table = rows.take(piece.rows)
-                unit = pa.array([len(units)] * table.num_rows, pa.int32())
-                table = table.add_column(0, "unit", unit).cast(schema)
-                writer.write_table(table, row_group_size=max(table.num_rows, 1))
-                digest = ids_digest(table["id"])
-                units.append(
-                    Unit(len(units), piece.operation, piece.rows, digest, piece.embed, piece.columns, piece.fragment)
-                )
-    return tuple(units)
-
-
-def _by_where(cuts: Sequence[_Cut]) -> Iterator[tuple[str, list[_Cut]]]:
-    groups: dict[str, list[_Cut]] = {}
-    for piece in cuts:
-        groups.setdefault(piece.where, []).append(piece)
-    yield from groups.items()
-
-
-class _Rows:
-    """A stream of batches, taken in tables of any number of rows."""
-
-    def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
-        self._batches = batches
-        self._rest: pa.Table | None = None
-
-    def take(self, count: int) -> pa.Table:
-        import pyarrow as pa
-
-        parts = [] if self._rest is None else [self._rest]
-        while sum(part.num_rows for part in parts) < count:
-            parts.append(pa.Table.from_batches([next(self._batches)]))
-        whole = pa.concat_tables(parts)
-        self._rest = whole.slice(count)
-        return whole.slice(0, count)
-
-
-def _write_rest(draft: Draft, folder: Path) -> None:
-    """Rows that only the state hears of, rows that leave the table, and what stays in quarantine."""
-    hashes = ", ".join(draft.comparison.hash_names)
-    working = f"{_INSERTED} OR {_REWRITTEN}"
-    _write(
-        draft,
-        folder / f"{plans.UNCHANGED}.parquet",
-        f"SELECT file, row_group, row, id, {hashes} FROM rows WHERE NOT coalesce({working}, false) "
-        "ORDER BY file, row_group, row",
-    )
-    _write(draft, folder / f"{plans.DELETED}.parquet", "SELECT id, address FROM deleted ORDER BY address")
-    _write_quarantine(draft, folder / f"{plans.QUARANTINED}.parquet")
-
-
-def _write_quarantine(draft: Draft, path: Path) -> None:
-    """Troubles of rows that no unit touches; where their file was opened, at their place of tonight."""
-    import pyarrow as pa
-
-    from conjoin.pipeline.quarantine import quarantine_schema, read_quarantine
-
-    base, connection = draft.base, draft.comparison.connection
-    before = None if base.live is None else read_quarantine(str(base.live.uri), int(base.live.version))
-    if before is None:
-        before = quarantine_schema(_id_type(draft)).empty_table()
-    connection.register("troubles", before.set_column(0, "id", before["id"].cast(_id_type(draft), safe=False)))
-    paths = [file.path for file in draft.found.files]
-    connection.register("paths", pa.table({"file": list(range(len(paths))), "path": paths}))
-    working = f"{_INSERTED} OR {_REWRITTEN} AND retold"
-    _write(
-        draft,
-        path,
-        "SELECT t.* REPLACE (coalesce(p.path, t.file) AS file, coalesce(r.row_group, t.row_group) AS row_group, "
-        "coalesce(r.row, t.row) AS row) FROM troubles t LEFT JOIN rows r ON r.id = t.id "
-        "LEFT JOIN paths p ON p.file = r.file "
-        f"WHERE NOT coalesce({working}, false) AND t.id NOT IN (SELECT id FROM deleted)",
-    )
-
-
-def _id_type(draft: Draft) -> pa.DataType:
-    return draft.schema.field("id").type
-
-
-def _write(draft: Draft, path: Path, sql: str) -> None:
-    draft.comparison.connection.execute(f"COPY ({sql}) TO '{path}' (FORMAT parquet, COMPRESSION zstd)")
 
 
 def _scalar(comparison: Comparison, sql: str) -> int:

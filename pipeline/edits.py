@@ -22,13 +22,22 @@ if TYPE_CHECKING:
 # Above this share of the table a pass over the id column is quicker than its index.
 _INDEX_SHARE = 0.02
 _IDS_A_QUERY = 5_000
+_BATCH_ROWS = 50_000
 _OFFSET_BITS = 32
 
 
+def wants_a_pass(dataset: lance.LanceDataset, num_ids: int) -> bool:
+    """Whether the addresses of so many ids are found sooner by a pass over all of them."""
+    return num_ids > _INDEX_SHARE * dataset.count_rows()
+
+
 def addresses_of(dataset: lance.LanceDataset, ids: pa.ChunkedArray | None = None) -> Iterator[pa.Table]:
-    """(id, address) of the rows with these ids, by the id index or by one pass; ids: None for every row."""
-    if ids is None or len(ids) > _INDEX_SHARE * dataset.count_rows():
-        yield from _scanned(dataset, ids)
+    """(id, address) of the rows with these ids, by the id index; ids: None for every row, by one pass."""
+    import pyarrow as pa
+
+    if ids is None:
+        for batch in dataset.scanner(columns=["id"], with_row_address=True, batch_size=_BATCH_ROWS).to_batches():
+            yield _addresses(pa.Table.from_batches([batch]))
         return
     for start in range(0, len(ids), _IDS_A_QUERY):
         some = ", ".join(_literal(key) for key in ids.slice(start, _IDS_A_QUERY).to_pylist())
@@ -37,19 +46,6 @@ def addresses_of(dataset: lance.LanceDataset, ids: pa.ChunkedArray | None = None
 
 def _literal(key: object) -> str:
     return str(key) if isinstance(key, int) else "'" + str(key).replace("'", "''") + "'"
-
-
-def _scanned(dataset: lance.LanceDataset, ids: pa.ChunkedArray | None) -> Iterator[pa.Table]:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    wanted = None if ids is None else pc.SetLookupOptions(ids.combine_chunks())
-    for batch in dataset.scanner(columns=["id"], with_row_address=True).to_batches():
-        table = pa.Table.from_batches([batch])
-        if wanted is not None:
-            table = table.filter(pc.call_function("is_in", [table["id"]], wanted))
-        if table.num_rows:
-            yield _addresses(table)
 
 
 def _addresses(table: pa.Table) -> pa.Table:

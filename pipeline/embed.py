@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,13 +21,14 @@ from conjoin.pipeline.errors import SourceError
 from conjoin.pipeline.progress import Progress, ShowProgress, silent
 from conjoin.pipeline.runs import run_directory
 from conjoin.pipeline.section import Section
-from conjoin.pipeline.units import Record, file_of, read_records
+from conjoin.pipeline.units import Record, Unit, file_of, read_records
 
 if TYPE_CHECKING:
     from conjoin.pipeline.catalog import Catalog
     from conjoin.pipeline.plan import Plan
 
 _SHOWN_REASONS = 3
+_HERE_S = 8.0  # of towers; Ray and its first actor take about 11 s to start on two cores
 
 
 class EmbedConfig(Section):
@@ -66,20 +68,22 @@ def pool_for(wanted: int | str, cpus: int, gpus: int) -> Pool:
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """One attempt at a plan. version: of the table that edits read, 0 without one; left: paths of files that changed
-    since the plan; address: of a Ray cluster; check: called after every unit, it may end the night.
+    since the plan; address: of a Ray cluster; check: called after every unit, it may end the night; rows_per_s: of an
+    earlier night, 0 if not known.
     """
 
     version: int = 0
     left: frozenset[str] = frozenset()
     address: str | None = None
     check: Callable[[], None] = lambda: None
+    rows_per_s: float = 0.0
 
 
 def embed(catalog: Catalog, plan: Plan, attempt: Attempt, *, progress: ShowProgress = silent) -> dict[int, Record]:
     """Embed and stage every unit of the plan that has no record yet; returns all records by unit.
 
-    Joins Ray at `attempt.address`, or starts it here, only if a tower must run. Raises SourceError when more rows are
-    unusable than `embed.max_bad_fraction` allows, and whatever a worker raised.
+    Joins Ray at `attempt.address`, or starts it here, only if there is enough for a tower to do. Raises SourceError
+    when more rows are unusable than `embed.max_bad_fraction` allows, and whatever a worker raised.
     """
     run = run_directory(catalog.table.path, plan.run_id)
     records = read_records(run, plan.digest)
@@ -87,11 +91,23 @@ def embed(catalog: Catalog, plan: Plan, attempt: Attempt, *, progress: ShowProgr
     tally = _Tally(catalog, plan, run, progress)
     tally.restore(records.values())
     if waiting:
-        with_towers = any(plan.units[number].embed for number in waiting)
-        for row in (_run_units if with_towers else _run_here)(catalog, plan, waiting, attempt):
+        here = is_little([plan.units[number] for number in waiting], attempt, run)
+        for row in (_run_here if here else _run_units)(catalog, plan, waiting, attempt):
             tally.add(row)
             attempt.check()
     return read_records(run, plan.digest)
+
+
+def is_little(units: Sequence[Unit], attempt: Attempt, run: str) -> bool:
+    """Whether this process is done before Ray would have started: no tower runs, or for a few seconds by last rate.
+
+    A unit that was begun before may have killed who was at it: that is for a worker.
+    """
+    rows = sum(unit.rows for unit in units if unit.embed)
+    if not rows:
+        return True
+    quick = attempt.address is None and rows < attempt.rows_per_s * _HERE_S
+    return quick and not any(storage.exists(file_of(run, unit.number, "tries")) for unit in units)
 
 
 class _Tally:
@@ -157,10 +173,13 @@ def _reasons(run: str, plan: Plan) -> list[str]:
 
 
 def _run_here(catalog: Catalog, plan: Plan, numbers: Sequence[int], attempt: Attempt) -> Iterator[Mapping[str, float]]:
-    """Units that need no tower (prices), in this process: starting Ray would take longer."""
+    """Units in this process: starting Ray would take longer."""
     from conjoin.pipeline.stager import Order, Stager
 
-    stager = Stager(Order(catalog, plan.run_id, attempt.version, attempt.left, attempt=uuid.uuid4().hex))
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    stager = Stager(
+        Order(catalog, plan.run_id, attempt.version, attempt.left, threads=threads, attempt=uuid.uuid4().hex)
+    )
     for record in map(stager.stage, numbers):
         yield {"rows": record.planned, "quarantined": record.quarantined}
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from conjoin.pipeline import cleaning, compaction, edits, measures, runs, state, storage, store
+from conjoin.pipeline import cleaning, commits, compaction, edits, measures, runs, state, storage, store
 from conjoin.pipeline.delta import exports_of
 from conjoin.pipeline.errors import StorageError, TableError
 from conjoin.pipeline.full_text import index_texts
@@ -176,8 +176,10 @@ def _delete(uri: str, tracer: Tracer) -> int:
     if not len(addresses):
         return 0
     updated, removed = edits.merged({}, edits.delete(head, addresses))
-    work = store.Commit("", head.schema, [], int(head.version), {}, store.Edits(updated, removed, [], len(addresses)))
-    transaction = lance.Transaction(read_version=int(head.version), operation=store.operation_of(work))
+    work = commits.Commit(
+        "", head.schema, [], int(head.version), {}, commits.Edits(updated, removed, [], len(addresses))
+    )
+    transaction = lance.Transaction(read_version=int(head.version), operation=commits.operation_of(work))
     with storage.explaining("commit", uri):
         lance.LanceDataset.commit(uri, transaction, storage_options=storage.lance_options(uri))
     return len(addresses)
@@ -217,7 +219,7 @@ def _stamp(uri: str, run_id: str, manifest: state.Manifest | None, tracer: Trace
         replace_rows(uri, run_id, kept.set_column(position, "run_id", pa.array([run_id] * len(kept), pa.string())))
     facts = {**store.run_of(store.open_version(uri)), store.STATE: state.manifest_path(run_id)}
     facts.pop(store.RUN_ID, None)
-    store.commit(uri, store.Commit(run_id, head.schema, [], int(head.version), facts, store.Edits()))
+    commits.commit(uri, commits.Commit(run_id, head.schema, [], int(head.version), facts, commits.Edits()))
 
 
 def _state_without(uri: str, run_id: str, number: int, entry: state.FileState, tracer: Tracer) -> state.FileState:

@@ -33,9 +33,10 @@ class Estimate:
 
 def last_rate(uri: str, fingerprint: str) -> float | None:
     """Rows per second and actor of the newest night of this encoder that embedded anything."""
-    over = set(runs.run_ids(uri)) - set(runs.unfinished(uri))
-    reports = [runs.read_report(uri, run_id) for run_id in sorted(over, reverse=True)]
-    rates = [float(str(report["rows_per_s"])) for report in reports if report.get("fingerprint") == fingerprint]
+    unfinished = set(runs.unfinished(uri))
+    over = [run_id for run_id in reversed(runs.run_ids(uri)) if run_id not in unfinished]
+    reports = (runs.read_report(uri, run_id) for run_id in over)
+    rates = (float(str(report["rows_per_s"])) for report in reports if report.get("fingerprint") == fingerprint)
     return next((rate for rate in rates if rate > 0), None)
 
 

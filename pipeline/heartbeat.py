@@ -23,6 +23,7 @@ from conjoin.pipeline.progress import Progress, ShowProgress, silent
 EVERY_S = 3.0
 STALE_AFTER_S = 30.0
 _NAME = "progress.json"
+_PLANNING = "planning"  # in place of a run's directory as long as there is no plan; run ids end in a date
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +61,29 @@ class Heartbeat:
 
     with Heartbeat(uri, run_id, progress) as beat: embed(..., progress=beat.show); beat.step("index"); ...
 
-    A night that ends well takes its file away; one that raises leaves the reason in it.
+    A night that ends well takes its file away; one that raises leaves the reason in it. While it is `planning` nothing
+    of it lasts: the file is written only once that takes some seconds, and goes in any case.
     """
 
-    def __init__(self, uri: str, run_id: str, show: ShowProgress = silent, every_s: float = EVERY_S) -> None:
-        self._path = storage.join(runs.run_directory(uri, run_id), _NAME)
-        self._run_id, self._show, self._every_s = run_id, show, every_s
+    def __init__(
+        self,
+        uri: str,
+        run_id: str,
+        show: ShowProgress = silent,
+        every_s: float | None = None,
+        *,
+        planning: bool = False,
+    ) -> None:
+        self._path = storage.join(runs.run_directory(uri, _PLANNING if planning else run_id), _NAME)
+        self._run_id, self._show, self._every_s, self._planning = run_id, show, every_s or EVERY_S, planning
         self._started = _now()
         self._event = Progress("", 0, 0)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
-        self._write("")
+        if not self._planning:
+            self._write("")
         self._thread.start()
         return self
 
@@ -81,7 +92,7 @@ class Heartbeat:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        if error is not None:
+        if error is not None and not self._planning:
             self._write(str(error) or type(error).__name__)
             return
         with suppress(ConjoinError, OSError):

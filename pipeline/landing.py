@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from conjoin.pipeline import edits, state, storage, store
+from conjoin.pipeline import commits, edits, state, storage, store
 from conjoin.pipeline import plan as plans
 from conjoin.pipeline.errors import ConservationError
 from conjoin.pipeline.quarantine import quarantine_schema, replace_rows
@@ -65,14 +65,14 @@ def _kept_rows(run: str, plan: Plan, record: Record, *, left: bool = False) -> p
     return rows.filter(of_left if left else pc.invert(of_left))
 
 
-def prepare(uri: str, run: str, plan: Plan, records: Mapping[int, Record]) -> store.Commit:
+def prepare(uri: str, run: str, plan: Plan, records: Mapping[int, Record]) -> commits.Commit:
     """Write state, quarantine and edits of a run (its directory is `run`); returns the commit that makes them count."""
     check_conserved(run, plan, records)
     gone = None if plan.whole else _gone(run, plan, records)
     _write_state(uri, run, plan, records, num_gone=0 if gone is None else len(gone))
     _fill_quarantine(uri, run, plan, records)
     inserted = [records[unit.number].fragment for unit in plan.units if unit.operation == INSERT]
-    return store.Commit(
+    return commits.Commit(
         run_id=plan.run_id,
         schema=plan.schema,
         fragments=[fragment for fragment in inserted if fragment is not None],
@@ -161,18 +161,18 @@ def _as_they_were(rows: pa.Table, names: Sequence[str]) -> pa.Table:
     return old.filter(any_known)
 
 
-def _edits(uri: str, run: str, plan: Plan, records: Mapping[int, Record], gone: np.ndarray) -> store.Edits:
+def _edits(uri: str, run: str, plan: Plan, records: Mapping[int, Record], gone: np.ndarray) -> commits.Edits:
     """Deletions and rewrites of existing fragments, staged once: a repeated landing finds them written down."""
     path = storage.join(run, "edits.json")
     if storage.exists(path):
         raw = cast("dict[str, list[int]]", storage.read_json(path))
-        return store.Edits(raw["updated"], raw["removed"], raw["fields"], int(cast(int, raw["deleted"])))
+        return commits.Edits(raw["updated"], raw["removed"], raw["fields"], int(cast(int, raw["deleted"])))
     head = store.open_version(uri, None)
     rewritten = [records[unit.number] for unit in plan.units if unit.operation == REWRITE]
     fragments = {plan.units[r.unit].fragment: r.fragment for r in rewritten if r.fragment is not None}
     updated, removed = edits.merged(fragments, edits.delete(head, gone))
     fields = sorted({field for record in rewritten for field in record.fields})
-    found = store.Edits(updated, removed, fields, len(gone))
+    found = commits.Edits(updated, removed, fields, len(gone))
     storage.write_json(path, asdict(found))
     return found
 

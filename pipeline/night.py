@@ -12,6 +12,7 @@ from typing import cast
 
 from conjoin.encoders.spec import Json
 from conjoin.pipeline import runs, storage
+from conjoin.pipeline.cleaning import Item
 from conjoin.pipeline.gates import GateResult
 from conjoin.pipeline.hook import Hook
 from conjoin.pipeline.quarantine import Group
@@ -23,7 +24,8 @@ class Night:
 
     version: made tonight, on the head or beside it; previous: live before; base: built on; all 0 where there is none.
     counts: rows by what the plan does with them; seconds: by step in order; rows_per_s: of embedding, per actor;
-    left: files that changed meanwhile, for the next night; started, finished: UTC, ISO 8601.
+    left: files that changed meanwhile, for the next night; cleaned: what went of the table's past;
+    started, finished: UTC, ISO 8601.
     """
 
     run_id: str
@@ -50,6 +52,7 @@ class Night:
     hook: Hook | None = None
     left: tuple[str, ...] = ()
     problem: str = ""
+    cleaned: tuple[Item, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -72,6 +75,7 @@ def from_json(raw: Mapping[str, object]) -> Night:
         found[name] = (value,) if isinstance(value, str) else tuple(cast("Sequence[str]", value))
     found["gates"] = tuple(GateResult(**_known(GateResult, gate)) for gate in _rows(raw, "gates"))  # type: ignore[arg-type]  # JSON
     found["troubles"] = tuple(Group(**_known(Group, row)) for row in _rows(raw, "troubles"))  # type: ignore[arg-type]  # JSON
+    found["cleaned"] = tuple(Item(**_known(Item, row)) for row in _rows(raw, "cleaned"))  # type: ignore[arg-type]  # JSON
     found["indexes"] = tuple(_rows(raw, "indexes"))
     hook = raw.get("hook")
     found["hook"] = Hook(**_known(Hook, cast("Mapping[str, object]", hook))) if hook else None  # type: ignore[arg-type]  # JSON

@@ -169,6 +169,7 @@ def _versions(night: Night, links: Sequence[str]) -> str:
         "encoder": f"{night.encoder} ({night.fingerprint[:12]})" if night.fingerprint else night.encoder,
         "units": f"{night.units:,}" if night.units else "",
         "hook": _hook(night),
+        "of the table's past": _cleaned(night),
     }
     rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts.items() if value)
     files = ", ".join(f"<a href='{_text(name)}'>{_text(name)}</a>" for name in links)
@@ -179,6 +180,13 @@ def _hook(night: Night) -> str:
     if night.hook is None:
         return ""
     return f"{night.hook.command} (exit code {night.hook.exit_code}, {_time(night.hook.seconds)})"
+
+
+def _cleaned(night: Night) -> str:
+    return ", ".join(
+        f"{item.count:,} {item.kind} ({_size(item.size_bytes)}) {'deleted' if item.deleted else 'left'}"
+        for item in night.cleaned
+    )
 
 
 def _commands(night: Night) -> str:

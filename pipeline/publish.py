@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from conjoin.pipeline import storage, store
+from conjoin.pipeline import commits, storage, store
 from conjoin.pipeline.errors import TableError
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def land(uri: str, rejected: Entry) -> int:
     store.restore(uri)
     head = store.open_version(uri, None)
     _check_base(uri, rejected, int(transaction.read_version), head)
-    return store.repeat(uri, transaction, head)
+    return commits.repeat(uri, transaction, head)
 
 
 def _check_base(uri: str, rejected: Entry, base_version: int, head: lance.LanceDataset) -> None:

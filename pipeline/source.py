@@ -5,17 +5,16 @@ Assumes: the source is never modified. Paths of files are absolute (or s3://), s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
 from conjoin.pipeline import columns, listing, storage, template
 from conjoin.pipeline.columns import SourceSchema
-from conjoin.pipeline.errors import SourceError, StorageError
+from conjoin.pipeline.errors import SourceError
+from conjoin.pipeline.parquet import Footer, open_file, read_footers, reading
 from conjoin.pipeline.records import (
     all_columns,
     columns_of,
@@ -63,7 +62,6 @@ __all__ = [
     "values_of",
 ]
 
-_FOOTER_THREADS = 16
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 64 << 20
 _T = TypeVar("_T")
@@ -133,7 +131,7 @@ def files_of(
     """`list_source` of files that are listed already."""
     unopened = {stat: old for stat in stats if (old := (known or {}).get(stat.uri)) and _is_same(old, stat)}
     to_open = [stat for stat in stats if stat not in unopened]
-    footers = _footers(to_open)
+    footers = read_footers(to_open)
     if footers:
         columns.unify(config, [(stat.uri, footer.schema) for stat, footer in footers.items()])
     files = tuple(unopened[stat] if stat in unopened else _file(stat, footers[stat]) for stat in stats)
@@ -147,7 +145,7 @@ def schema_of(config: SourceConfig) -> SourceSchema:
 
     Raises SourceError naming the file and the column that is missing or of a wrong type.
     """
-    footers = _footers(listing.parquet_files(config.path))
+    footers = read_footers(listing.parquet_files(config.path))
     return columns.unify(config, [(stat.uri, footer.schema) for stat, footer in footers.items()])
 
 
@@ -160,17 +158,17 @@ def columns_of_files(
     """
     to_open = [storage.FileStat(file.path, file.size_bytes, file.etag) for file in files if file not in unopened]
     earlier = [] if known is None else [(columns.LIVE_VERSION, known)]
-    return columns.unify(config, [*earlier, *((stat.uri, foot.schema) for stat, foot in _footers(to_open).items())])
+    return columns.unify(config, [*earlier, *((stat.uri, foot.schema) for stat, foot in read_footers(to_open).items())])
 
 
 def column_names(file: str) -> list[str]:
     """Every column of one file. Raises SourceError if it is gone or no Parquet."""
 
     def read() -> list[str]:
-        with _open(file) as parquet:
+        with open_file(file) as parquet:
             return list(parquet.schema_arrow.names)
 
-    return _reading(read, file)
+    return reading(read, file)
 
 
 def first_rows(file: str, most: int) -> pa.Table:
@@ -178,11 +176,11 @@ def first_rows(file: str, most: int) -> pa.Table:
     import pyarrow as pa
 
     def read() -> pa.Table:
-        with _open(file) as parquet:
+        with open_file(file) as parquet:
             rows = next(parquet.iter_batches(most), None)
             return parquet.schema_arrow.empty_table() if rows is None else pa.Table.from_batches([rows])
 
-    return _reading(read, file)
+    return reading(read, file)
 
 
 def check_source(config: SourceConfig) -> SourceSchema:
@@ -198,7 +196,7 @@ def read_rows(
 
     Only the wanted rows are kept in memory. Raises SourceError if the file is gone, torn, or has other columns.
     """
-    return _reading(lambda: _read_rows(config, file, row_group, list(dict.fromkeys(columns)), rows), file)
+    return reading(lambda: _read_rows(config, file, row_group, list(dict.fromkeys(columns)), rows), file)
 
 
 def read_batches(
@@ -221,7 +219,7 @@ def read_batches(
             stream = None
             raise
 
-    while (table := _reading(following, file)) is not None:
+    while (table := reading(following, file)) is not None:
         done += table.num_rows
         yield table
 
@@ -230,7 +228,7 @@ def _stream(
     config: SourceConfig, file: str, row_group: int, names: list[str], wanted: tuple[np.ndarray, int]
 ) -> Iterator[pa.Table]:
     rows, batch_rows = wanted
-    with _open(file) as parquet:
+    with open_file(file) as parquet:
         _check_whole(parquet, file, row_group, names)
         most = max(1, min(batch_rows, _BATCH_BYTES // _row_bytes(parquet, row_group, names)))
         for batch in _picked(parquet, file, row_group, names, (rows, most)):
@@ -241,11 +239,11 @@ def row_group_bytes(file: str, row_group: int, columns: Sequence[str]) -> int:
     """Bytes of a row group in these columns, decompressed, as the footer counts them."""
 
     def read() -> int:
-        with _open(file) as parquet:
+        with open_file(file) as parquet:
             _check_whole(parquet, file, row_group, list(columns))
             return _row_bytes(parquet, row_group, list(columns)) * parquet.metadata.row_group(row_group).num_rows
 
-    return _reading(read, file)
+    return reading(read, file)
 
 
 def _row_bytes(parquet: pq.ParquetFile, row_group: int, names: list[str]) -> int:
@@ -259,7 +257,7 @@ def _row_bytes(parquet: pq.ParquetFile, row_group: int, names: list[str]) -> int
 def _read_rows(config: SourceConfig, file: str, row_group: int, names: list[str], rows: np.ndarray | None) -> pa.Table:
     import pyarrow as pa
 
-    with _open(file) as parquet:
+    with open_file(file) as parquet:
         _check_whole(parquet, file, row_group, names)
         if rows is None:
             table = parquet.read_row_group(row_group, columns=names)
@@ -286,7 +284,7 @@ def _in_plain_types(config: SourceConfig, file: str, table: pa.Table, names: lis
     try:
         found = table.select(names).cast(pa.schema(fields))
     except pa.ArrowInvalid as error:
-        raise SourceError(f"a value does not fit its type: {_first_line(error)}", where=file) from error
+        raise SourceError(f"a value does not fit its type: {storage.first_line(error)}", where=file) from error
     for name in names:
         _check_nested(found[name], name, file)
     return found
@@ -345,58 +343,7 @@ def dataset(config: SourceConfig, columns: Sequence[str] | None = None) -> ray.d
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Footer:
-    schema: pa.Schema
-    row_groups: tuple[int, ...]
-
-
-def _footers(stats: Sequence[storage.FileStat]) -> dict[storage.FileStat, _Footer]:
-    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        return dict(zip(stats, pool.map(_footer, stats), strict=True))
-
-
-@lru_cache(maxsize=20_000)
-def _footer(stat: storage.FileStat) -> _Footer:
-    def read() -> _Footer:
-        with _open(stat.uri) as file:
-            groups = (file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
-            return _Footer(file.schema_arrow, tuple(groups))
-
-    return _reading(read, stat.uri)
-
-
-def _open(path: str) -> pq.ParquetFile:
-    import pyarrow.parquet as pq
-
-    fs, inner = storage.filesystem(path)
-    return pq.ParquetFile(inner, filesystem=fs, pre_buffer=storage.is_s3(path))
-
-
-def _reading(read: Callable[[], _T], path: str) -> _T:
-    """Run a read of one Parquet file; a file that is gone or is no Parquet is the source's fault."""
-    import pyarrow as pa
-
-    def checked() -> _T:
-        try:
-            return read()
-        except (pa.ArrowException, OSError) as error:
-            # Arrow reports torn pages as an OSError without errno; those of a disk or a bucket have one.
-            if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
-                raise
-            advice = "Write the file again, or leave it out of source.path"
-            what = f"not a readable Parquet file: {_first_line(error)}"
-            raise SourceError(what, where=path, next=advice) from error
-
-    try:
-        return storage.retry(checked, verb="read", where=path)
-    except StorageError as error:
-        if error.what == "no such file":
-            raise SourceError("a file of the source is gone", where=path, next="Was it replaced? Run again") from error
-        raise
-
-
-def _file(stat: storage.FileStat, footer: _Footer) -> SourceFile:
+def _file(stat: storage.FileStat, footer: Footer) -> SourceFile:
     return SourceFile(stat.uri, stat.size_bytes, stat.etag, sum(footer.row_groups), footer.row_groups)
 
 
@@ -406,7 +353,3 @@ def _is_same(file: SourceFile, stat: storage.FileStat) -> bool:
 
 def _shown(path: str | list[str]) -> str:
     return path if isinstance(path, str) else ", ".join(path[:3]) + (", ..." if len(path) > 3 else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from conjoin.encoders.spec import Json
-from conjoin.pipeline import edits, storage, store, units
+from conjoin.pipeline import commits, edits, storage, store, units
 from conjoin.pipeline.catalog import Catalog
 from conjoin.pipeline.chunks import Piece, Recipe, chunks
 from conjoin.pipeline.errors import ConjoinError, ConservationError, EncoderError
@@ -186,8 +186,8 @@ class Stager:
         found = found.rename_columns(plan.working.names).cast(plan.working).combine_chunks()
         if not found.num_rows:
             return None, []
-        mode: store.Mode = "append" if not plan.whole else "overwrite" if plan.base_version else "create"
-        return store.stage(self._uri, found, mode=mode), []
+        mode: commits.Mode = "append" if not plan.whole else "overwrite" if plan.base_version else "create"
+        return commits.stage(self._uri, found, mode=mode), []
 
     def _begin(self, number: int) -> None:
         """Ray restarts dead actors for ever; a unit that takes its actor along each time must end the night."""

@@ -1,19 +1,16 @@
 """Files on a local disk or in a bucket, by one URI: list, read, write by rename, create if absent, retry.
 
-Assumes: credentials and endpoint come from the standard AWS environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
-AWS_ENDPOINT_URL, AWS_REGION) or the machine's role, never from the run file. `retry` is the only place that repeats:
-botocore's and s3fs's own repeats are switched off, so that a wrong endpoint is reported in seconds.
+Assumes: `retry` is the only place that repeats: botocore's and s3fs's own repeats are switched off (places.py), so that
+a wrong endpoint is reported in seconds. What a URI means and what an error means is found here too, for whoever asks.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import errno
 import json
 import os
 import posixpath
 import random
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -25,31 +22,49 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from conjoin.pipeline.errors import StorageError
+from conjoin.pipeline.places import endpoint, filesystem, is_s3, lance_options
+from conjoin.pipeline.troubles import explain, first_line
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
+
+__all__ = [
+    "ATTEMPTS",
+    "FIRST_PAUSE_S",
+    "FORMAT",
+    "FileStat",
+    "absolute",
+    "copy_tree",
+    "create_bytes",
+    "create_json",
+    "endpoint",
+    "exists",
+    "explain",
+    "explaining",
+    "filesystem",
+    "first_line",
+    "is_directory",
+    "is_s3",
+    "join",
+    "lance_options",
+    "list_ages",
+    "list_files",
+    "list_stats",
+    "match_stats",
+    "read_bytes",
+    "read_json",
+    "remove",
+    "retry",
+    "write_bytes",
+    "write_json",
+    "writing",
+]
 
 FORMAT = 1
 ATTEMPTS = 4
 FIRST_PAUSE_S = 0.25
 
 _T = TypeVar("_T")
-_BUSY_CODES = {
-    "SlowDown",
-    "InternalError",
-    "ServiceUnavailable",
-    "RequestTimeout",
-    "RequestTimeTooSkewed",
-    "Throttling",
-}
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-# Lance and Arrow put the error of the system, or S3's answer, into words only.
-_ERRNO = re.compile(r"\((?:os error |errno: )(\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
-_S3_STATUS = re.compile(r"status code: (\d{3})")
-_S3_CODE = re.compile(r"<Code>(\w+)</Code>")
-_UNSENT = "error sending request"
-_TRANSIENT = {errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE, errno.ESTALE, errno.EREMOTEIO}
-_CREDENTIALS = "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY (or the machine's role) and the bucket's policy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,53 +74,6 @@ class FileStat:
     uri: str
     size_bytes: int
     etag: str
-
-
-def is_s3(uri: str) -> bool:
-    return uri.startswith(("s3://", "s3a://"))
-
-
-def endpoint() -> str | None:
-    """The S3 endpoint of the environment; None means AWS itself."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
-
-
-def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of a URI and the path in it, absolute on a local disk."""
-    import fsspec
-
-    if not is_s3(uri):
-        return fsspec.filesystem("file"), str(Path(uri.removeprefix("file://")).absolute())
-    import s3fs
-
-    # The endpoint is an argument so that fsspec's instance cache keeps two endpoints apart.
-    fs = s3fs.S3FileSystem(
-        endpoint_url=endpoint(),
-        default_cache_type="none",
-        listings_expiry_time=0,
-        use_listings_cache=False,
-        config_kwargs={"connect_timeout": 10, "read_timeout": 60, "retries": {"total_max_attempts": 1}},
-    )
-    fs.retries = 1
-    return fs, uri.split("://", 1)[1]
-
-
-def lance_options(uri: str) -> dict[str, str]:
-    """storage_options for lance and lancedb; they do not read AWS_ENDPOINT_URL by themselves."""
-    if not is_s3(uri):
-        return {}
-    names = {
-        "aws_access_key_id": ("AWS_ACCESS_KEY_ID",),
-        "aws_secret_access_key": ("AWS_SECRET_ACCESS_KEY",),
-        "aws_session_token": ("AWS_SESSION_TOKEN",),
-        "aws_region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
-        "aws_endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
-    }
-    found = {key: next((os.environ[n] for n in env if os.environ.get(n)), "") for key, env in names.items()}
-    options = {key: value for key, value in found.items() if value}
-    if options.get("aws_endpoint", "").startswith("http://"):
-        options["allow_http"] = "true"
-    return options
 
 
 def retry(action: Callable[[], _T], *, verb: str, where: str) -> _T:
@@ -129,18 +97,6 @@ def retry(action: Callable[[], _T], *, verb: str, where: str) -> _T:
     raise AssertionError("unreachable")
 
 
-def explain(error: Exception, verb: str, where: str) -> StorageError | None:
-    """The StorageError that says what went wrong, `.retryable` set; None if it is not an error of storage."""
-    if isinstance(error, StorageError):
-        return error
-    if is_s3(where):
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        known = isinstance(error, OSError | TimeoutError | BotoCoreError | ClientError)
-        return _explain_s3(error, verb, where) if known or _is_in_words(error) else None
-    return _explain_local(error, verb, where) if isinstance(error, OSError) or _is_in_words(error) else None
-
-
 @contextmanager
 def explaining(verb: str, where: str) -> Iterator[None]:
     """OSErrors of what other libraries do on a disk, as StorageError; nothing is repeated."""
@@ -148,72 +104,6 @@ def explaining(verb: str, where: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise explain(error, verb, where) or error from error
-
-
-def _is_in_words(error: Exception) -> bool:
-    """Whether it is an error of the system or of S3 that a library reports as text (Lance: as ValueError)."""
-    return any(mark.search(str(error)) for mark in (_ERRNO, _S3_STATUS)) or _UNSENT in str(error)
-
-
-def _explain_local(error: Exception, verb: str, where: str) -> StorageError:
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and (found := _ERRNO.search(str(error))):
-        number = int(found[1] or found[2])
-    if number == errno.ENOENT:
-        return StorageError("no such file", where=where)
-    if number in (errno.EACCES, errno.EPERM):
-        return StorageError(f"cannot {verb}: permission denied", where=where)
-    if number in _FULL:
-        return StorageError(f"cannot {verb}: the disk is full", where=where, next="Free space and repeat the command")
-    if number == errno.EFBIG:
-        advice = "Raise the limit (`ulimit -f`), or use another disk"
-        return StorageError(f"cannot {verb}: a file would be larger than allowed", where=where, next=advice)
-    if number in (errno.ENOTDIR, errno.EEXIST):
-        what = f"cannot {verb}: a directory of this path is a file"
-        return StorageError(what, where=where, next="Move the file away, or correct the path")
-    return _retryable(StorageError(f"cannot {verb}: {first_line(error)}", where=where), number in _TRANSIENT)
-
-
-def first_line(error: Exception) -> str:
-    """What a library says, without the place in its source that found it."""
-    return re.sub(r",? \S+\.rs:\d+:\d+$", "", (str(error).splitlines() or [type(error).__name__])[0])
-
-
-def _explain_s3(error: Exception, verb: str, where: str) -> StorageError:
-    from botocore import exceptions as boto
-
-    bucket = where.split("://", 1)[1].split("/", 1)[0]
-    cause = error if isinstance(error, boto.ClientError) else error.__cause__
-    response = cause.response if isinstance(cause, boto.ClientError) else {}
-    code = str(response.get("Error", {}).get("Code", "")) or _first(_S3_CODE, error)
-    status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) or _first(_S3_STATUS, error) or 0)
-    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
-        return StorageError(f"cannot {verb}: no credentials for S3", where=where, next=_CREDENTIALS)
-    if code == "NoSuchBucket":
-        return StorageError(f"no bucket named {bucket}", where=where, next="Create it, or correct the name")
-    if isinstance(error, FileNotFoundError):
-        return StorageError("no such file", where=where)
-    if isinstance(error, PermissionError) or status in (401, 403):
-        why = f"{code or status or 403}"
-        return StorageError(f"cannot {verb}: S3 denied access ({why})", where=where, next=_CREDENTIALS)
-    if isinstance(error, boto.ConnectionError | boto.HTTPClientError | TimeoutError) or _UNSENT in str(error):
-        why = "" if _UNSENT in str(error) else f": {error}"
-        what = f"cannot {verb}: no answer from {endpoint() or 'S3'}{why}"
-        advice = "Check AWS_ENDPOINT_URL, the network and that the server runs"
-        return _retryable(StorageError(what, where=where, next=advice), True)
-    busy = code in _BUSY_CODES or status >= 500 or status == 429
-    transient = busy or (isinstance(error, OSError) and error.errno in _TRANSIENT)
-    return _retryable(StorageError(f"cannot {verb}: {first_line(error)}", where=where), transient)
-
-
-def _first(pattern: re.Pattern[str], error: Exception) -> str:
-    found = pattern.search(str(error))
-    return found[1] if found else ""
-
-
-def _retryable(error: StorageError, retryable: bool) -> StorageError:
-    error.retryable = retryable
-    return error
 
 
 def join(base: str, *parts: str) -> str:

@@ -1,21 +1,19 @@
-"""The Lance table: stage fragments on workers, commit once on the driver, open a version or tag.
+"""The Lance table: its schema, its versions and tags, which run made what; restored where the head is not live.
 
-Assumes: only this module (and index.py, publish.py, quarantine.py for their own parts) speaks to Lance; a commit is
-not idempotent, so a run id is looked for before one is made.
+Assumes: only this module, commits.py and those that have a part of their own (index.py, publish.py, quarantine.py)
+speak to Lance.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from conjoin.encoders.spec import Json
 from conjoin.pipeline import storage
-from conjoin.pipeline.errors import ConjoinError, ConservationError, TableError
+from conjoin.pipeline.errors import ConjoinError, TableError
 from conjoin.pipeline.section import Section
 
 if TYPE_CHECKING:
@@ -71,34 +69,6 @@ class Layout:
     vector_type: pa.DataType
     fingerprint: str
     encoder: str
-
-
-@dataclass(frozen=True, slots=True)
-class Edits:
-    """What happens to fragments that exist. updated: as they will be, Lance's JSON; removed: of which nothing is left.
-
-    fields: ids of rewritten fields; deleted: rows that go.
-    """
-
-    updated: Sequence[Json] = ()
-    removed: Sequence[int] = ()
-    fields: Sequence[int] = ()
-    deleted: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """One commit of one run. read_version: the head when the run was planned, 0 without a table.
-
-    Without `edits` the fragments become the whole table; with them they join the rows that are there.
-    """
-
-    run_id: str
-    schema: pa.Schema
-    fragments: Sequence[Json]
-    read_version: int
-    properties: Mapping[str, str]
-    edits: Edits | None = None
 
 
 def bookkeeping(uri: str) -> str:
@@ -197,7 +167,7 @@ def head(uri: str) -> lance.LanceDataset | None:
     except ValueError as error:
         if "was not found" in str(error):
             return None
-        raise _storage_error(error, "open the table", uri) from error
+        raise storage_error(error, "open the table", uri) from error
 
 
 def _dataset(uri: str, version: str | int | None) -> lance.LanceDataset:
@@ -206,10 +176,10 @@ def _dataset(uri: str, version: str | int | None) -> lance.LanceDataset:
     try:
         return lance.dataset(uri, version=version, storage_options=storage.lance_options(uri))
     except OSError as error:
-        raise _storage_error(error, "open the table", uri) from error
+        raise storage_error(error, "open the table", uri) from error
 
 
-def _storage_error(error: OSError | ValueError, verb: str, uri: str) -> ConjoinError:
+def storage_error(error: OSError | ValueError, verb: str, uri: str) -> ConjoinError:
     """Lance reports S3's answers as ValueError too; what is no trouble of storage is the table's own."""
     explained = storage.explain(error, verb, uri)
     return explained or TableError(f"cannot {verb}: {storage.first_line(error)}", where=uri)
@@ -245,7 +215,8 @@ def lineage(dataset: lance.LanceDataset) -> Iterator[tuple[int, Mapping[str, str
 def restore(uri: str) -> int | None:
     """Make the head the live version's content again (a rejected night, a rollback, a stranger's rows).
 
-    Returns the new head's version; None if there was nothing to do.
+    Returns the new head's version; None if there was nothing to do. Raises TableError if somebody else committed
+    meanwhile, and what they committed is the head again then.
     """
     head_, live = open_version(uri, None), open_version(uri)
     newest = next((version for version, _ in lineage(head_)), None)
@@ -253,7 +224,17 @@ def restore(uri: str) -> int | None:
         return None
     with storage.explaining("restore the live version", uri):
         live.restore()
-    return int(open_version(uri, None).version)
+    restored = int(live.version)
+    if restored == int(head_.version) + 1:
+        return restored
+    # Lance lets a Restore win over whatever came between the look and the commit, even with max_retries=0.
+    with storage.explaining("give the head back", uri):
+        open_version(uri, restored - 1).restore()
+    raise TableError(
+        f"somebody committed version {restored - 1} while live was restored; that is the head again",
+        where=uri,
+        next="Nothing is lost; see that one night at a time runs, and run the same command again",
+    )
 
 
 def run_of(dataset: lance.LanceDataset) -> Mapping[str, str]:
@@ -288,147 +269,3 @@ def check_ours(uri: str) -> lance.LanceDataset | None:
             next="Give table.path another name",
         )
     return dataset
-
-
-Mode = Literal["create", "overwrite", "append"]
-
-
-def stage(uri: str, table: pa.Table, *, mode: Mode) -> Json:
-    """Write `table` as one uncommitted fragment and return Lance's JSON of it; nothing becomes visible.
-
-    mode: `create` where no table exists yet, `append` to its columns (some may be left out), `overwrite` for columns of
-    its own. Raises ConservationError if Lance wrote other rows than it got.
-    """
-    from lance.fragment import write_fragments
-
-    # A table, never a reader: a retried write of a consumed reader loses rows (lance-ray#5290).
-    try:
-        fragments = write_fragments(
-            table,
-            uri,
-            schema=table.schema,
-            mode=mode,
-            max_rows_per_file=max(table.num_rows, 1),
-            data_storage_version=STORAGE_VERSION,
-            storage_options=storage.lance_options(uri),
-        )
-    except OSError as error:
-        raise _storage_error(error, "stage a fragment", uri) from error
-    if len(fragments) != 1 or fragments[0].physical_rows != table.num_rows:
-        written = [fragment.physical_rows for fragment in fragments]
-        raise ConservationError(f"{table.num_rows} rows staged, Lance wrote {written}", where=uri)
-    return cast(Json, fragments[0].to_json())
-
-
-def commit(uri: str, work: Commit) -> int:
-    """Make the staged work part of the table, in one commit; returns its version. Repeating it changes nothing.
-
-    Raises TableError if another run committed since `work.read_version`, ConservationError if rows are missing after.
-    """
-    done = committed(uri, work.run_id)
-    if done is not None:
-        return done
-    _check_alone(uri, work)
-    expected = _expected_rows(uri, work)
-    dataset = _commit(uri, work, detached=False)
-    _check_rows(dataset, expected, uri)
-    return int(dataset.version)
-
-
-def candidate(uri: str, work: Commit) -> lance.LanceDataset | None:
-    """The same commit beside the head, readable and searchable for gates; None for a first version (Lance cannot)."""
-    if head(uri) is None:
-        return None
-    expected = _expected_rows(uri, work)
-    dataset = _commit(uri, work, detached=True)
-    _check_rows(dataset, expected, uri)
-    return dataset
-
-
-def _expected_rows(uri: str, work: Commit) -> int:
-    new = sum(_rows(fragment) for fragment in work.fragments)
-    return new if work.edits is None else open_version(uri, None).count_rows() - work.edits.deleted + new
-
-
-def _check_rows(dataset: lance.LanceDataset, expected: int, uri: str) -> None:
-    found = dataset.count_rows()
-    if found != expected:
-        raise ConservationError(f"{expected} rows committed, {found} found", where=f"{uri} version {dataset.version}")
-
-
-def _rows(fragment: Json) -> int:
-    assert isinstance(fragment, dict)
-    return int(cast(int, fragment["physical_rows"]))
-
-
-def _check_alone(uri: str, work: Commit) -> None:
-    """Index and clean-up versions above the planned one are fine; another run's are not."""
-    dataset = head(uri)
-    if dataset is None:
-        return
-    if work.read_version == 0:
-        raise TableError(f"a table appeared while run {work.run_id} worked; nothing was committed", where=uri)
-    for version, facts in lineage(dataset):
-        if version <= work.read_version:
-            return
-        if RUN_ID in facts:
-            raise TableError(
-                f"run {facts[RUN_ID]} committed version {version} while this one worked; nothing was committed",
-                where=f"{uri} run {work.run_id}",
-                next="Run the same command again",
-            )
-
-
-def _commit(uri: str, work: Commit, *, detached: bool) -> lance.LanceDataset:
-    import lance
-
-    # Columns may have been added since the plan: an edit reads the head, which _check_alone vouches for.
-    read_version = work.read_version if work.edits is None else int(open_version(uri, None).version)
-    transaction = lance.Transaction(
-        read_version=read_version,
-        operation=operation_of(work),
-        transaction_properties={**work.properties, RUN_ID: work.run_id},
-    )
-    try:
-        return lance.LanceDataset.commit(
-            uri,
-            transaction,
-            detached=detached,
-            enable_stable_row_ids=False,
-            storage_options=storage.lance_options(uri),
-        )
-    except OSError as error:
-        raise _storage_error(error, "commit", uri) from error
-
-
-def operation_of(work: Commit) -> lance.LanceOperation.BaseOperation:
-    import lance
-    from lance.fragment import FragmentMetadata
-
-    def parsed(fragments: Sequence[Json]) -> list[FragmentMetadata]:
-        return [FragmentMetadata.from_json(json.dumps(fragment)) for fragment in fragments]
-
-    if work.edits is None:
-        return lance.LanceOperation.Overwrite(work.schema, parsed(work.fragments))
-    return lance.LanceOperation.Update(
-        removed_fragment_ids=list(work.edits.removed),
-        updated_fragments=parsed(work.edits.updated),
-        new_fragments=parsed(work.fragments),
-        fields_modified=list(work.edits.fields),
-        update_mode="rewrite_columns" if work.edits.fields else "rewrite_rows",
-    )
-
-
-def repeat(uri: str, transaction: lance.Transaction, dataset: lance.LanceDataset) -> int:
-    """Commit on the head what was committed beside it, its properties too; `dataset` is the head it goes on."""
-    import lance
-
-    work = lance.Transaction(
-        read_version=int(dataset.version),
-        operation=transaction.operation,
-        transaction_properties=transaction.transaction_properties,
-    )
-    try:
-        return int(lance.LanceDataset.commit(uri, work, storage_options=storage.lance_options(uri)).version)
-    except OSError as error:
-        raise _storage_error(error, "commit", uri) from error

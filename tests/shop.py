@@ -130,7 +130,8 @@ def open_shop(folder: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> S
             made.embedded.append((modality, size))
         return whole(self, modality, decoded, size)
 
-    monkeypatch.setattr(embed, "_run_units", here)
+    for name in ("_run_units", "_run_here"):
+        monkeypatch.setattr(embed, name, here)
     monkeypatch.setattr(embedder.Embedder, "embed_decoded", counted)
     made.write(a=[row(n) for n in range(8)], b=[row(n) for n in range(8, 14)], c=[row(n) for n in range(14, 18)])
     return made

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from conjoin.pipeline import edits, publish, quarantine, runs, state, storage, store
+from conjoin.pipeline import commits, edits, publish, quarantine, runs, state, storage, store
 from conjoin.pipeline.source import SourceFile
 
 DIM = 4
@@ -97,7 +97,7 @@ class Nights:
         storage.write_json(f"{run}/plan.json", {"run_id": run_id, "base_version": 0})
         storage.write_bytes(f"{run}/plan-1/rows.parquet", state.parquet_bytes(pa.table({"id": pa.array(known)})))
         storage.write_json(f"{run}/units/00000.json", {"unit": 0})
-        store.commit(self.uri, self._commit(run_id, head, new, gone))
+        commits.commit(self.uri, self._commit(run_id, head, new, gone))
         self.index()
         version = int(store.open_version(self.uri, None).version)
         if publishing:
@@ -124,19 +124,19 @@ class Nights:
         ]
         quarantine.replace_rows(self.uri, run_id, pa.Table.from_pylist(found, schema))
 
-    def _commit(self, run_id: str, head: object, new: Sequence[str], gone: Sequence[str]) -> store.Commit:
+    def _commit(self, run_id: str, head: object, new: Sequence[str], gone: Sequence[str]) -> commits.Commit:
         facts: Mapping[str, str] = {store.FINGERPRINT: "f" * 32, store.STATE: state.manifest_path(run_id)}
         if head is None:
-            return store.Commit(run_id, SCHEMA, [store.stage(self.uri, rows(new), mode="create")], 0, facts)
-        fragments = [store.stage(self.uri, rows(new), mode="append")] if new else []
+            return commits.Commit(run_id, SCHEMA, [commits.stage(self.uri, rows(new), mode="create")], 0, facts)
+        fragments = [commits.stage(self.uri, rows(new), mode="append")] if new else []
         at = list(
             edits.addresses_of(store.open_version(self.uri, None), pa.chunked_array([pa.array(gone, pa.string())]))
         )
         addresses = np.concatenate([np.zeros(0, np.uint64), *(part["address"].to_numpy() for part in at)])
         updated, removed = edits.merged({}, edits.delete(store.open_version(self.uri, None), addresses))
-        edited = store.Edits(updated, removed, [], len(addresses))
+        edited = commits.Edits(updated, removed, [], len(addresses))
         version = int(store.open_version(self.uri, None).version)
-        return store.Commit(run_id, SCHEMA, fragments, version, facts, edited)
+        return commits.Commit(run_id, SCHEMA, fragments, version, facts, edited)
 
     def index(self) -> None:
         head = store.open_version(self.uri, None)

@@ -41,8 +41,9 @@ def command_name(folder: Path) -> str:
     return named[0] if named else Path(words[0]).name or "?"
 
 
-def sample(mark: bytes, driver: int, peaks: dict[str, Peak]) -> None:
-    """One look at every process whose environment bears the mark."""
+def sample(mark: bytes, driver: int, peaks: dict[str, Peak]) -> float:
+    """One look at every process whose environment bears the mark; MB of all together, shared pages counted once."""
+    together = 0.0
     for folder in Path("/proc").iterdir():
         with suppress(OSError, IndexError):
             if not folder.name.isdigit() or mark not in (folder / "environ").read_bytes():
@@ -52,6 +53,9 @@ def sample(mark: bytes, driver: int, peaks: dict[str, Peak]) -> None:
             peak = peaks["driver" if int(folder.name) == driver else command_name(folder)]
             peak.pids.add(int(folder.name))
             peak.resident, peak.private = max(peak.resident, resident), max(peak.private, private)
+            rollup = (folder / "smaps_rollup").read_text().splitlines()[1:]
+            together += next(int(line.split()[1]) for line in rollup if line.startswith("Pss:")) / 1024
+    return together
 
 
 def first_rows(data: str, rows: int, out: Path) -> str:

@@ -173,7 +173,7 @@ def test_a_night_killed_among_its_units_goes_on(
         ("conjoin.pipeline.workers:data_settings:1", 0, False),
         ("conjoin.pipeline.embed:_Tally.add:20", 20, False),
         ("conjoin.pipeline.state:write_manifest:1", NUM_UNITS, False),
-        ("conjoin.pipeline.store:commit:1", NUM_UNITS, False),
+        ("conjoin.pipeline.commits:commit:1", NUM_UNITS, False),
         ("conjoin.pipeline.index:build:1", NUM_UNITS, True),
         ("conjoin.pipeline.publish:publish:1", NUM_UNITS, True),
         ("conjoin.pipeline.publish:_before:1", NUM_UNITS, True),

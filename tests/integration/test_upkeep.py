@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from small_nights import Nights
 
-from conjoin.pipeline import storage, store
+from conjoin.pipeline import commits, storage, store
 from conjoin.pipeline.cleaning import clean, rubbish
 from conjoin.pipeline.compaction import compact
 from conjoin.pipeline.delta import export_delta
@@ -42,7 +42,7 @@ def test_cleaning_and_compaction_in_a_bucket(tmp_path: Path, s3: str) -> None:
     before = nights.ids()
     assert compact(nights.uri, Upkeep(small_fragments=2)).rewritten > 2
     assert nights.ids(None) == before
-    store.stage(nights.uri, store.open_version(nights.uri).to_table(limit=1), mode="append")
+    commits.stage(nights.uri, store.open_version(nights.uri).to_table(limit=1), mode="append")
     late = dt.datetime.now(dt.UTC) + dt.timedelta(days=60)
     found = rubbish(nights.uri, Upkeep(keep_versions=1, keep_days=1), late)
     assert found.versions

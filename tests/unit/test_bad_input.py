@@ -25,11 +25,12 @@ import pytest
 import soundfile
 from PIL import Image
 
-from conjoin.pipeline import landing, quarantine, store
+from conjoin.pipeline import commits, landing, quarantine, store
 from conjoin.pipeline.catalog import Catalog
-from conjoin.pipeline.draft import base_of, drafting, freeze
+from conjoin.pipeline.draft import base_of, drafting
 from conjoin.pipeline.embed import Attempt, EmbedConfig, embed
 from conjoin.pipeline.errors import ConjoinError, SourceError, StorageError, TableError
+from conjoin.pipeline.freezing import freeze
 from conjoin.pipeline.plan import Plan
 from conjoin.pipeline.publish import publish
 from conjoin.pipeline.runs import run_directory
@@ -93,7 +94,7 @@ def night(catalog: Catalog, run_id: str = "things-1", *, full: bool = False) -> 
     for unit in plan.units:
         stager.stage(unit.number)
     run = run_directory(uri, run_id)
-    store.commit(uri, landing.prepare(uri, run, plan, read_records(run, plan.digest)))
+    commits.commit(uri, landing.prepare(uri, run, plan, read_records(run, plan.digest)))
     bad = quarantine.read_quarantine(uri, None)
     if bad is None:
         bad = quarantine.quarantine_schema(pa.string()).empty_table()

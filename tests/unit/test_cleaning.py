@@ -10,7 +10,7 @@ import lance
 import pytest
 from small_nights import Nights, rows
 
-from conjoin.pipeline import publish, runs, state, storage, store
+from conjoin.pipeline import commits, publish, runs, state, storage, store
 from conjoin.pipeline.cleaning import clean, housekeep, rubbish
 from conjoin.pipeline.quarantine import rows_of
 from conjoin.pipeline.retention import retention
@@ -109,7 +109,7 @@ def test_what_a_restored_version_is_read_from_stays(nights: Nights) -> None:
 def rejected(nights: Nights) -> int:
     """A candidate beside the head that failed its gates."""
     head = lance.dataset(nights.uri)
-    fragments = [lance.FragmentMetadata.from_json(json.dumps(store.stage(nights.uri, rows(["x"]), mode="append")))]
+    fragments = [lance.FragmentMetadata.from_json(json.dumps(commits.stage(nights.uri, rows(["x"]), mode="append")))]
     shorter = head.get_fragments()[0].delete_rows([15])
     operation = lance.LanceOperation.Update(new_fragments=fragments, updated_fragments=[shorter])
     version = int(lance.LanceDataset.commit(nights.uri, operation, read_version=head.version, detached=True).version)
@@ -136,7 +136,7 @@ def test_rejected_versions_beside_the_head(nights: Nights) -> None:
 
 
 def test_files_of_a_night_that_died(nights: Nights) -> None:
-    store.stage(nights.uri, rows(["lost"]), mode="append")
+    commits.stage(nights.uri, rows(["lost"]), mode="append")
     storage.write_bytes(f"{runs.run_directory(nights.uri, 'dead')}/plan-1/rows.parquet", b"half")
     assert rubbish(nights.uri, upkeep(), later(6.9)).orphans == ()
     found = rubbish(nights.uri, upkeep(), later(7.1))

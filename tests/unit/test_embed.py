@@ -1,10 +1,14 @@
-"""The pool for a machine."""
+"""The pool for a machine, and what needs none."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from conjoin.pipeline.embed import Pool, pool_for
+from conjoin.pipeline import storage
+from conjoin.pipeline.embed import Attempt, Pool, is_little, pool_for
+from conjoin.pipeline.units import INSERT, Unit, file_of
 
 
 @pytest.mark.parametrize(
@@ -25,3 +29,24 @@ def test_pool(wanted: int | str, cpus: int, gpus: int, expected: Pool) -> None:
     assert pool == expected
     # never more than there is: actors hold a CPU each, and each has `ahead` tasks of one CPU
     assert pool.actors * (1 + pool.ahead) <= cpus
+
+
+@pytest.mark.parametrize(
+    ("rows", "attempt", "begun", "here"),
+    [
+        (1_000, Attempt(rows_per_s=500), False, True),
+        (10_000, Attempt(rows_per_s=500), False, False),
+        (1_000, Attempt(), False, False),
+        (1_000, Attempt(rows_per_s=500, address="auto"), False, False),
+        (1_000, Attempt(rows_per_s=500), True, False),
+        (0, Attempt(), False, True),
+    ],
+    ids=["little", "much", "rate-unknown", "a-cluster", "begun-before", "no-tower"],
+)
+def test_ray_is_started_only_for_much_work(
+    tmp_path: Path, rows: int, attempt: Attempt, begun: bool, here: bool
+) -> None:
+    unit = Unit(0, INSERT, rows or 5, "ids", ("text",) if rows else ())
+    if begun:
+        storage.write_json(file_of(str(tmp_path), 0, "tries"), {"tries": 1})
+    assert is_little([unit], attempt, str(tmp_path)) is here

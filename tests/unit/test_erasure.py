@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from small_nights import Nights, rows
 
-from conjoin.pipeline import measures, publish, runs, state, storage, store
+from conjoin.pipeline import commits, measures, publish, runs, state, storage, store
 from conjoin.pipeline.delta import export_delta
 from conjoin.pipeline.erasure import Erasure, forget
 from conjoin.pipeline.errors import TableError
@@ -164,7 +164,7 @@ def test_somebodys_tag_is_respected(nights: Nights) -> None:
 
 def test_rejected_versions_beside_the_head_go(nights: Nights) -> None:
     head = lance.dataset(nights.uri)
-    fragment = lance.FragmentMetadata.from_json(json.dumps(store.stage(nights.uri, rows(["x"]), mode="append")))
+    fragment = lance.FragmentMetadata.from_json(json.dumps(commits.stage(nights.uri, rows(["x"]), mode="append")))
     operation = lance.LanceOperation.Update(new_fragments=[fragment])
     beside = lance.LanceDataset.commit(nights.uri, operation, read_version=head.version, detached=True)
     head.tags.create("rejected-night-9", beside.version)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from conjoin.pipeline import store
+from conjoin.pipeline import commits, store
 from conjoin.pipeline.embedder import load
 from conjoin.pipeline.embedding_functions import KEY, embedding_functions
 from conjoin.pipeline.errors import QueryError
@@ -62,8 +62,8 @@ def uri(tmp_path: Path, tiny_encoder: Path) -> str:
     path = str(tmp_path / "things.lance")
     fingerprint = load(str(tiny_encoder)).fingerprint
     made = schema(str(tiny_encoder), fingerprint)
-    staged = store.stage(path, rows(made), mode="create")
-    store.commit(path, store.Commit("run-1", made, [staged], 0, {store.FINGERPRINT: fingerprint}))
+    staged = commits.stage(path, rows(made), mode="create")
+    commits.commit(path, commits.Commit("run-1", made, [staged], 0, {store.FINGERPRINT: fingerprint}))
     lance.dataset(path).tags.create("live", 1)
     return path
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 from shop import DATE, Shop, open_shop, picture, row
 
 from conjoin.jobs.nightly import plan, run
+from conjoin.pipeline import comparison, heartbeat, night_page, store
 from conjoin.pipeline import publish as publishing
-from conjoin.pipeline import store
-from conjoin.pipeline.errors import GateError, Interrupted
+from conjoin.pipeline.errors import GateError, Interrupted, StorageError
+from conjoin.pipeline.heartbeat import read_beats
 from conjoin.pipeline.night import read_night
 from conjoin.pipeline.plan import load_plan
 from conjoin.pipeline.runs import run_directory
 from conjoin.pipeline.stager import Stager
+from conjoin.pipeline.status import look
 
 
 @pytest.fixture
@@ -255,3 +259,56 @@ def test_an_index_gate_that_fails_gives_plain_readers_the_old_rows(shop: Shop, m
     assert shop.table().equals(before)
     assert store.head(uri).to_table().sort_by("id").equals(before)
     assert publishing.find_rejected(uri, "things-2026-01-01.2").num_rows == 14
+
+
+def test_a_night_clears_up_behind_itself_and_says_so(shop: Shop) -> None:
+    uri = str(shop.folder / "things.lance")
+    leases = shop.folder / "things.conjoin" / "lease"
+    for price in (1.0, 2.0, 3.0):
+        shop.write(b=[row(n, price=price) for n in range(8, 14)])
+        shop.night()
+    for path in leases.iterdir():
+        os.utime(path, (0, 0))
+    shop.write(b=[row(n, price=4.0) for n in range(8, 14)])
+    report = shop.night(upkeep={"keep_run_days": 0})
+    gone = {item.kind: item.count for item in report.cleaned if item.deleted}
+    assert gone.keys() == {"plans and units of nights that are over", "old leases"}
+    assert [path.name for path in sorted(leases.iterdir())] == ["00000003.json", "00000004.json", "00000005.json"]
+    assert read_night(uri, report.run_id) == report
+    assert "plans and units of nights that are over" in night_page.render(report)
+    shop.write(b=[row(n, price=5.0) for n in range(8, 14)])
+    assert shop.night().status == "published"
+    shop.check()
+
+
+def test_housekeeping_that_fails_leaves_the_night_published(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise StorageError("no right to delete")
+
+    monkeypatch.setattr("conjoin.pipeline.cleaning.housekeep", refused)
+    shop.write(b=[row(n, price=1.0) for n in range(8, 14)])
+    report = shop.night()
+    assert report.status == "published"
+    assert "no right to delete" in report.problem
+    assert read_night(report.table, report.run_id) == report
+
+
+def test_a_night_says_how_far_its_plan_is(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, seen = str(shop.folder / "things.lance"), []
+    monkeypatch.setattr(heartbeat, "EVERY_S", 0.01)
+    whole = comparison._join
+
+    def slowly(*given: object) -> None:
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline and not any(beat.done == 6 for beat in read_beats(uri)):
+            time.sleep(0.01)
+        seen.extend([*read_beats(uri), *look(uri).working])
+        whole(*given)  # type: ignore[arg-type]  # as it came
+
+    monkeypatch.setattr(comparison, "_join", slowly)
+    shop.write(b=[row(n, price=1.0) for n in range(8, 14)])
+    report = shop.night()
+    beat, working = seen
+    assert (beat.run_id, beat.step, beat.done, beat.total) == (report.run_id, "plan", 6, 6)
+    assert (working.run_id, working.state, working.step, working.units) == (report.run_id, "running", "plan", 0)
+    assert read_beats(uri) == ()

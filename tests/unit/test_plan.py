@@ -14,9 +14,10 @@ import pytest
 from conjoin.encoders.spec import EncoderSpec, ImageTransform, TextTransform, TowerSpec
 from conjoin.pipeline import layout
 from conjoin.pipeline.catalog import Catalog
-from conjoin.pipeline.draft import base_of, drafting, freeze
+from conjoin.pipeline.draft import base_of, drafting
 from conjoin.pipeline.embed import EmbedConfig
 from conjoin.pipeline.errors import SourceError, TableError
+from conjoin.pipeline.freezing import freeze
 from conjoin.pipeline.plan import Plan, changed_since, load_plan, open_rows
 from conjoin.pipeline.runs import finish, next_run_id, run_directory, run_ids, unfinished
 from conjoin.pipeline.source import SourceConfig, list_source

@@ -223,3 +223,22 @@ def test_run_ids_may_hold_anything(uri: str) -> None:
     assert publish.publish(uri, 1, "a/b c:2024").run_id == "a/b c:2024"
     assert publish.history(uri)[0].run_id == "a/b c:2024"
     assert publish.rollback(uri, "a/b c:2024").version == 1
+
+
+def test_a_restore_that_was_overtaken_gives_the_head_back(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lance lets a Restore win over a commit that it never saw."""
+    publish.publish(uri, 1, "r1")
+    schema = store.open_version(uri, None).schema
+    lance.write_dataset(store.open_version(uri, None).to_table().slice(0, 1), uri, mode="append")
+    whole = lance.LanceDataset.restore
+
+    def overtaken(self: lance.LanceDataset) -> None:
+        monkeypatch.setattr(lance.LanceDataset, "restore", whole)
+        lance.write_dataset(store.open_version(uri, None).to_table(limit=2), uri, schema=schema, mode="append")
+        whole(self)
+
+    monkeypatch.setattr(lance.LanceDataset, "restore", overtaken)
+    before = store.open_version(uri, None).count_rows()
+    with pytest.raises(TableError, match="while live was restored"):
+        store.restore(uri)
+    assert store.open_version(uri, None).count_rows() == before + 2

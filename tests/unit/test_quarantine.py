@@ -8,7 +8,7 @@ import lance
 import pyarrow as pa
 import pytest
 
-from conjoin.pipeline import state, store
+from conjoin.pipeline import commits, state, store
 from conjoin.pipeline.errors import TableError
 from conjoin.pipeline.quarantine import (
     check_quarantine,
@@ -57,11 +57,11 @@ def publish(uri: str, run_id: str, *quarantine: str) -> None:
     schema = pa.schema([pa.field("id", pa.string(), nullable=False), field])
     head = store.head(uri)
     table = pa.table([pa.array(["a"]), pa.array([[1.0, 0.0]], field.type)], schema=schema)
-    fragments = [store.stage(uri, table, mode="create" if head is None else "overwrite")]
+    fragments = [commits.stage(uri, table, mode="create" if head is None else "overwrite")]
     manifest = state.Manifest(run_id, "f", "e", "c", "p", 1, (), quarantine)
     state.write_manifest(uri, manifest)
     version = 0 if head is None else int(head.version)
-    store.commit(uri, store.Commit(run_id, schema, fragments, version, {store.STATE: state.manifest_path(run_id)}))
+    commits.commit(uri, commits.Commit(run_id, schema, fragments, version, {store.STATE: state.manifest_path(run_id)}))
 
 
 def test_a_repeated_run_replaces_its_own_rows_only(uri: str) -> None:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from conjoin.pipeline import source
+from conjoin.pipeline import parquet, source
 from conjoin.pipeline.errors import SourceError
 from conjoin.pipeline.source import SourceConfig, list_source, read_rows
 
@@ -35,7 +35,7 @@ def test_files_come_with_the_rows_of_their_row_groups(config: SourceConfig, tmp_
 def test_a_known_unchanged_file_is_not_opened(config: SourceConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     known = {file.path: file for file in list_source(config)}
     opened: list[str] = []
-    monkeypatch.setattr(source, "_footer", lambda stat: opened.append(stat.uri))
+    monkeypatch.setattr(parquet, "_footer", lambda stat: opened.append(stat.uri))
     assert list_source(config, known) == tuple(known.values())
     assert opened == []
 

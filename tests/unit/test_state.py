@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from conjoin.pipeline import quarantine, state, store
+from conjoin.pipeline import commits, quarantine, state, store
 from conjoin.pipeline.errors import StorageError, TableError
 from conjoin.pipeline.source import SourceFile
 
@@ -42,7 +42,7 @@ def committed(uri: str, run_id: str) -> None:
     )
     head = store.head(uri)
     version = 0 if head is None else int(head.version)
-    store.commit(uri, store.Commit(run_id, schema, [], version, {store.STATE: state.manifest_path(run_id)}))
+    commits.commit(uri, commits.Commit(run_id, schema, [], version, {store.STATE: state.manifest_path(run_id)}))
 
 
 def test_one_state_file_per_source_file(uri: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from conjoin.pipeline import store
+from conjoin.pipeline import commits, store
 from conjoin.pipeline.errors import ConjoinError, TableError
 
 DIM = 4
@@ -41,11 +41,11 @@ def rows(schema: pa.Schema, ids: Sequence[str]) -> pa.Table:
     return pa.table([made.get(f.name, pa.nulls(len(ids), f.type)) for f in schema], schema=schema)
 
 
-def work(uri: str, run_id: str, parts: Sequence[Sequence[str]], **changes: object) -> store.Commit:
+def work(uri: str, run_id: str, parts: Sequence[Sequence[str]], **changes: object) -> commits.Commit:
     schema, head = store.table_schema(layout(**changes)), store.head(uri)
-    fragments = [store.stage(uri, rows(schema, ids), mode="create" if head is None else "overwrite") for ids in parts]
+    fragments = [commits.stage(uri, rows(schema, ids), mode="create" if head is None else "overwrite") for ids in parts]
     version = 0 if head is None else int(head.version)
-    return store.Commit(run_id, schema, fragments, version, {store.FINGERPRINT: "f" * 32, store.PLAN: "p"})
+    return commits.Commit(run_id, schema, fragments, version, {store.FINGERPRINT: "f" * 32, store.PLAN: "p"})
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_nothing_is_visible_before_the_commit(uri: str) -> None:
     assert store.head(uri) is None
     with pytest.raises(TableError, match="no table"):
         store.open_version(uri)
-    version = store.commit(uri, made)
+    version = commits.commit(uri, made)
     table = store.open_version(uri, version)
     assert ids_of(uri) == ["a", "b", "c"]
     assert (table.data_storage_version, table.has_stable_row_ids) == (store.STORAGE_VERSION, False)
@@ -95,35 +95,35 @@ def test_nothing_is_visible_before_the_commit(uri: str) -> None:
 
 def test_commit_twice_is_one_version(uri: str) -> None:
     made = work(uri, "r1", [["a", "b"]])
-    assert store.commit(uri, made) == store.commit(uri, made) == 1
+    assert commits.commit(uri, made) == commits.commit(uri, made) == 1
     assert ids_of(uri) == ["a", "b"]
     assert len(lance.dataset(uri).versions()) == 1
 
 
 def test_full_run_replaces_all_rows_in_one_commit(uri: str) -> None:
-    store.commit(uri, work(uri, "r1", [["a", "b"]]))
-    assert store.commit(uri, work(uri, "r2", [["b"], ["c"]])) == 2
+    commits.commit(uri, work(uri, "r1", [["a", "b"]]))
+    assert commits.commit(uri, work(uri, "r2", [["b"], ["c"]])) == 2
     assert ids_of(uri) == ["b", "c"]
     assert ids_of(uri, 1) == ["a", "b"]
 
 
 def test_candidate_is_read_beside_the_head(uri: str) -> None:
     first = work(uri, "r1", [["a"]])
-    assert store.candidate(uri, first) is None
-    store.commit(uri, first)
+    assert commits.candidate(uri, first) is None
+    commits.commit(uri, first)
     second = work(uri, "r2", [["b", "c"]])
-    candidate = store.candidate(uri, second)
+    candidate = commits.candidate(uri, second)
     assert candidate is not None
     assert candidate.to_table()["id"].to_pylist() == ["b", "c"]
     assert ids_of(uri) == ["a"]
-    assert store.commit(uri, second) == 2
+    assert commits.commit(uri, second) == 2
 
 
 def test_committed_looks_back_to_the_live_run_and_not_below_a_restore(uri: str) -> None:
-    store.commit(uri, work(uri, "r1", [["a"]]))
+    commits.commit(uri, work(uri, "r1", [["a"]]))
     lance.dataset(uri).tags.create(store.LIVE, 1)
     second = work(uri, "r2", [["b"]])
-    store.commit(uri, second)
+    commits.commit(uri, second)
     assert (store.committed(uri, "r1"), store.committed(uri, "r2")) == (1, 2)
     lance.dataset(uri).checkout_version(1).restore()
     assert (store.committed(uri, "r1"), store.committed(uri, "r2")) == (1, None)
@@ -131,7 +131,7 @@ def test_committed_looks_back_to_the_live_run_and_not_below_a_restore(uri: str) 
 
 
 def test_committed_is_found_below_index_versions(uri: str) -> None:
-    store.commit(uri, work(uri, "r1", [["a", "b"]]))
+    commits.commit(uri, work(uri, "r1", [["a", "b"]]))
     lance.dataset(uri).create_scalar_index("id", "BTREE")
     lance.dataset(uri).tags.create(store.LIVE, 2)
     assert store.committed(uri, "r1") == 1
@@ -139,23 +139,23 @@ def test_committed_is_found_below_index_versions(uri: str) -> None:
 
 
 def test_another_run_in_between_is_refused(uri: str) -> None:
-    store.commit(uri, work(uri, "r1", [["a"]]))
+    commits.commit(uri, work(uri, "r1", [["a"]]))
     slow, quick = work(uri, "slow", [["s"]]), work(uri, "quick", [["q"]])
-    store.commit(uri, quick)
+    commits.commit(uri, quick)
     with pytest.raises(TableError, match="run quick committed version 2"):
-        store.commit(uri, slow)
+        commits.commit(uri, slow)
     assert ids_of(uri) == ["q"]
 
 
 def test_a_table_that_appears_meanwhile_is_refused(uri: str) -> None:
     one, other = work(uri, "one", [["a"]]), work(uri, "other", [["b"]])
-    store.commit(uri, one)
+    commits.commit(uri, one)
     with pytest.raises(TableError, match="a table appeared"):
-        store.commit(uri, other)
+        commits.commit(uri, other)
 
 
 def test_commit_without_any_fragment(uri: str) -> None:
-    store.commit(uri, work(uri, "r1", []))
+    commits.commit(uri, work(uri, "r1", []))
     assert ids_of(uri) == []
 
 
@@ -167,7 +167,7 @@ def test_a_table_of_somebody_else_is_left_alone(uri: str) -> None:
 
 
 def test_versions_that_are_missing_are_named(uri: str) -> None:
-    store.commit(uri, work(uri, "r1", [["a"]]))
+    commits.commit(uri, work(uri, "r1", [["a"]]))
     with pytest.raises(TableError, match="no version 'live'"):
         store.open_version(uri)
     with pytest.raises(TableError, match="no version 9"):
