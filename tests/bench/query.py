@@ -66,7 +66,7 @@ def table(results: dict[str, dict[str, object] | str]) -> str:
     wrong = [
         f"{name}: {found['wrong pairs']} pairs that are farther"
         for name, found in there.items()
-        if found["wrong pairs"]
+        if found.get("wrong pairs")
     ]
     missing = [f"{name}: {found}" for name, found in results.items() if isinstance(found, str)]
     return "\n".join([*lines, "", *wrong, *missing])

@@ -85,7 +85,7 @@ class Conjoin:
 
 
 def rows(data: Data) -> pa.Table:
-    """With the metadata of an encoder's columns."""
+    """With the metadata of an encoder's column."""
     folder = str(encoder(data.folder.parent))
     fingerprint, dim = read_spec(folder)[1], data.vectors.shape[1]
     columns: dict[str, pa.Array] = {
@@ -94,9 +94,8 @@ def rows(data: Data) -> pa.Table:
         "title": pa.array(data.titles),
     }
     fields = [pa.field(name, values.type) for name, values in columns.items()]
-    for modality, vectors in {"image": data.vectors, "text": np.load(data.folder / "texts.npy")}.items():
-        facts = {"fingerprint": fingerprint, "modality": modality, "metric": "cosine", "dim": dim, "encoder": folder}
-        metadata = {f"{store.PREFIX}{name}": str(value) for name, value in facts.items()}
-        columns[f"{modality}_vec"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim)
-        fields.append(pa.field(f"{modality}_vec", pa.list_(pa.float32(), dim), metadata=metadata))
+    facts = {"fingerprint": fingerprint, "modality": "image", "metric": "cosine", "dim": dim, "encoder": folder}
+    metadata = {f"{store.PREFIX}{name}": str(value) for name, value in facts.items()}
+    columns["image_vec"] = pa.FixedSizeListArray.from_arrays(pa.array(data.vectors.ravel()), dim)
+    fields.append(pa.field("image_vec", pa.list_(pa.float32(), dim), metadata=metadata))
     return pa.table(columns, schema=pa.schema(fields))

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +23,7 @@ from query_data import BATCH, JOINED, SHARES, SINGLE, Data, K, load
 TARGET = 0.99
 _WARM = 10
 _MOST_S = 15.0  # per question; what is slower is asked fewer times
+_MOST_AT_ONCE_S = 150
 _PAIRS = 100  # near-duplicates of a row that a top-k looks at
 
 
@@ -339,16 +342,29 @@ def measured(program: Program, data: Data) -> dict[str, object]:
             program.hybrid(*pair)  # conjoin embeds words that it has not met; the others are given vectors
         recall = program.hybrid_recall(data.words) if hasattr(program, "hybrid_recall") else None
         facts["hybrid"] = [*_percentiles(timed(lambda pair: program.hybrid(*pair), asked)[0]), recall]
-    program.batch(data.batch[:_WARM])
-    start = time.perf_counter()
-    answers = program.batch(data.batch)
-    facts["batch"] = [(time.perf_counter() - start) * 1000 / BATCH, data.recall(data.batch, answers)]
-    start = time.perf_counter()
-    pairs = program.pairs(data.radius)
-    taken, wanted = time.perf_counter() - start, data.pairs()
-    facts["pairs"] = [taken * 1000 / JOINED, len(pairs & wanted) / len(wanted)]
-    facts["wrong pairs"] = len(pairs - wanted)
+    with suppress(KeyboardInterrupt), within(_MOST_AT_ONCE_S):
+        program.batch(data.batch[:_WARM])
+        start = time.perf_counter()
+        answers = program.batch(data.batch)
+        facts["batch"] = [(time.perf_counter() - start) * 1000 / BATCH, data.recall(data.batch, answers)]
+    with suppress(KeyboardInterrupt), within(_MOST_AT_ONCE_S):
+        start = time.perf_counter()
+        pairs = program.pairs(data.radius)
+        taken, wanted = time.perf_counter() - start, data.pairs()
+        facts["pairs"] = [taken * 1000 / JOINED, len(pairs & wanted) / len(wanted)]
+        facts["wrong pairs"] = len(pairs - wanted)
     return facts
+
+
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Interrupts as Ctrl-C does what takes longer."""
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 def tuned(program: Program, data: Data, share: float, most: int | None) -> str:
