@@ -1,7 +1,7 @@
 """How hard a query tries: as its index was made to, exactly, or to a recall that is measured at the first time.
 
-Assumes: the setting that an index reports meets the recall it was built for on average; another one is measured here, on stored
-vectors that are moved a little, and remembered by who opened the table.
+Assumes: the setting that an index reports meets the recall it was built for, on average; another one is measured here,
+on stored vectors that are moved a little, and remembered by who opened the table.
 """
 
 from __future__ import annotations
