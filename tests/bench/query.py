@@ -2,7 +2,7 @@
 
 One run, the same vectors for all (query_data.py says which), each program in a process of its own, one after another:
 top-10 one by one, unfiltered and behind filters that pass 50, 5, 0.5 and 0.05 % of the rows; 1,000 queries at once;
-near-duplicates of 2,000 rows; hybrid. p50 and p99 in ms and recall@10 against exact answers. Every program but those
+near-duplicates of 500 rows; hybrid. p50 and p99 in ms and recall@10 against exact answers. Every program but those
 with defaults is set to the same recall (query_peers.py). Peers that are not in `--peer-python` are named as missing:
 
     python -m venv peers
