@@ -25,7 +25,7 @@ from query_peers import PROGRAMS
 
 HERE = Path(__file__).parent
 QUESTIONS = {
-    **{f"{share:g}": "top-10" if share == 1 else f"top-10 of {share:.2%}" for share in SHARES},
+    **{f"{share:g}": "top-10" if share == 1 else f"top-10 of {100 * share:g} %" for share in SHARES},
     "batch": "1,000 at once, a query",
     "pairs": "near-duplicates, a row",
     "hybrid": "hybrid top-10",

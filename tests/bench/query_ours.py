@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import lance
 import numpy as np
 import pyarrow as pa
-from query_data import JOINED, Data, K, encoder
+from query_data import DIM, JOINED, Data, K, encoder
 
 from conjoin.pipeline import full_text, index, store
 from conjoin.pipeline.embedder import read_spec
@@ -45,7 +45,8 @@ class Conjoin:
 
     def ladder(self) -> Iterator[str]:
         found = next(report for report in self.reports if report.column == "image_vec")
-        yield f"{found.kind}, nprobes {found.nprobes}, refine {found.refine}" if found.nprobes else "exact"
+        step = self.table.explain(NEAREST, {"v": np.ones(DIM)}).steps[0]
+        yield f"{found.kind}, nprobes {step.probes}, refine {found.refine}" if found.nprobes else "exact"
 
     def search(self, query: np.ndarray, most: int | None) -> list[int]:
         if most is None:
