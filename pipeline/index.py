@@ -37,9 +37,9 @@ __all__ = [
 ]
 
 # Rows x dimensions up to which exact top-10 is fast enough to need no index: about 50 ms on two cores.
-# `python tests/bench/query.py exact`, 256 float32 dimensions: 20,000 rows 32 ms, 50,000 rows 61 to 77 ms.
+# `python tests/bench/index_kinds.py DIR`, 256 float32 dimensions: 20,000 rows 32 ms, 50,000 rows 61 to 77 ms.
 EXACT_FLOATS = 10_000_000
-# IVF_SQ, measured at 100,000 x 256 (EfficientNet vectors of icons, 128 partitions; `tests/bench/query.py kinds`):
+# IVF_SQ, measured at 100,000 x 256 (EfficientNet vectors of icons, 128 partitions; `tests/bench/index_kinds.py`):
 #   IVF_SQ    build  5 s,  26 MB, recall@10 .997 at 4.7 ms (16 probes, refine 2), 1.00 at 4.9 ms (32 probes)
 #   IVF_FLAT  build  4 s, 103 MB, recall@10 .997 at 5.5 ms (16 probes),           1.00 at 7.0 ms
 #   IVF_PQ    build 65 s,   7 MB, recall@10 .995 at 7.0 ms (16 probes, refine 4), 1.00 at 12 ms

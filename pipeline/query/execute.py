@@ -6,6 +6,7 @@ Assumes: the SQL comes from our own syntax tree; every query has its own cursor,
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,13 +32,16 @@ _CONFIG = {
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
 }
+# Up to so many rows one thread answers sooner than several, which have to wake each other: 20 rows of 256 dimensions
+# took 2.9 instead of 5.3 ms where other programs used the cores as well, 2.2 instead of 2.4 alone.
+_FEW_ROWS = 2_000
 
 
 class Engine:
-    """One in-memory DuckDB, opened on first use."""
+    """In-memory DuckDB, opened on first use: one for few rows, one for many."""
 
     def __init__(self) -> None:
-        self._connection: duckdb.DuckDBPyConnection | None = None
+        self._connections: dict[bool, duckdb.DuckDBPyConnection] = {}
         self._lock = threading.Lock()
         self._waiting = ThreadPoolExecutor(1, thread_name_prefix="duckdb")
 
@@ -73,7 +77,7 @@ class Engine:
     ) -> pa.Table | None:
         import duckdb
 
-        cursor = self._cursor()
+        cursor = self._cursor(few=_count(sources) <= _FEW_ROWS)
         made, failed = list[str](), list[ConjoinError]()
         try:
             for function in functions:
@@ -92,13 +96,19 @@ class Engine:
                 cursor.remove_function(name)
             cursor.close()
 
-    def _cursor(self) -> duckdb.DuckDBPyConnection:
+    def _cursor(self, *, few: bool) -> duckdb.DuckDBPyConnection:
         import duckdb
 
         with self._lock:
-            if self._connection is None:
-                self._connection = duckdb.connect(":memory:", config=_CONFIG)
-            return self._connection.cursor()
+            if few not in self._connections:
+                config = {**_CONFIG, "threads": "1"} if few else _CONFIG
+                self._connections[few] = duckdb.connect(":memory:", config=config)
+            return self._connections[few].cursor()
+
+
+def _count(sources: Mapping[str, object]) -> float:
+    """Rows; infinite for what is read while DuckDB runs."""
+    return sum(source.num_rows if isinstance(source, pa.Table) else math.inf for source in sources.values())
 
 
 def _fetched(

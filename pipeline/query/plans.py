@@ -24,9 +24,10 @@ _KEPT = 200
 
 
 class Plans:
-    """The last ones used of one table; safe to share between threads."""
+    """The last ones used of one version of a table; safe to share between threads."""
 
     def __init__(self) -> None:
+        self._dataset: lance.LanceDataset | None = None
         self._kept: OrderedDict[Hashable, Prepared] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -35,8 +36,8 @@ class Plans:
         values = _others(params)
         key = _key(query, params, values)
         with self._lock:
-            kept = self._kept.get(key)
-            if kept is None or not _reads_only(kept, dataset):
+            kept = self._kept.get(key) if dataset is self._dataset else None
+            if kept is None:
                 return None
             self._kept.move_to_end(key)
         return _with(kept, values)
@@ -46,6 +47,9 @@ class Plans:
         if not prepared.repeatable or not _reads_only(prepared, dataset):
             return
         with self._lock:
+            if dataset is not self._dataset:  # plans hold their version open
+                self._kept.clear()
+                self._dataset = dataset
             self._kept[_key(query, params, _others(params))] = prepared
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)

@@ -2,7 +2,7 @@
 
 One run, the same vectors for all (query_data.py says which), each program in a process of its own, one after another:
 top-10 one by one, unfiltered and behind filters that pass 50, 5, 0.5 and 0.05 % of the rows; 1,000 queries at once;
-near-duplicates of 2,000 rows; hybrid. p50 and p99 in ms and recall@10 against exact answers. Every program but those
+near-duplicates of 500 rows; hybrid. p50 and p99 in ms and recall@10 against exact answers. Every program but those
 with defaults is set to the same recall (query_peers.py). Peers that are not in `--peer-python` are named as missing:
 
     python -m venv peers
@@ -25,7 +25,7 @@ from query_peers import PROGRAMS
 
 HERE = Path(__file__).parent
 QUESTIONS = {
-    **{f"{share:g}": "top-10" if share == 1 else f"top-10 of {share:.2%}" for share in SHARES},
+    **{f"{share:g}": "top-10" if share == 1 else f"top-10 of {100 * share:g} %" for share in SHARES},
     "batch": "1,000 at once, a query",
     "pairs": "near-duplicates, a row",
     "hybrid": "hybrid top-10",
@@ -66,7 +66,7 @@ def table(results: dict[str, dict[str, object] | str]) -> str:
     wrong = [
         f"{name}: {found['wrong pairs']} pairs that are farther"
         for name, found in there.items()
-        if found["wrong pairs"]
+        if found.get("wrong pairs")
     ]
     missing = [f"{name}: {found}" for name, found in results.items() if isinstance(found, str)]
     return "\n".join([*lines, "", *wrong, *missing])

@@ -1,12 +1,13 @@
 """Rows, vectors and questions of the query bench: a folder that every program reads, so that all see the same numbers.
 
-Assumes: the vectors are real ones: built-in towers are trained for a minute on a part of the icons, then embed all
-pictures and captions; more rows than the file has are the same ones again, moved a little. `stock` is a random order
-of the rows, so that `stock < share * rows` passes that share. The exact answers come from NumPy.
+Assumes: the vectors are the 256 principal components of the icons' pixels; more rows than the file has are the same
+again, moved a little. What they mean is of no interest here, how they lie is. `stock` is a random order of
+the rows, so that `stock < share * rows` passes that share. The exact answers come from NumPy.
 """
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,12 @@ import numpy as np
 
 K = 10
 SHARES = (1.0, 0.5, 0.05, 0.005, 0.0005)
-SINGLE, TUNING, BATCH, JOINED = 200, 50, 1_000, 2_000
+SINGLE, TUNING, BATCH, JOINED = 200, 50, 1_000, 500
 PAIRS_PER_ROW = 5
 EQUAL = 1e-6  # similarities of one pair that two programs computed
-_MOVED = 0.3  # length of what is added to a unit vector that is there again
+SIDE, DIM = 24, 256
+UNSEEN = 650  # pictures that are queries and no rows
+MOVED = 0.3  # length of what is added to a unit vector that is there again
 _GAP = 4e-6
 
 
@@ -96,87 +99,98 @@ def make(parquet: Path, folder: Path, rows: int) -> Data:
     here = folder / f"rows-{rows}"
     if not (here / "facts.json").exists():
         here.mkdir(parents=True, exist_ok=True)
-        images, texts, titles = _embedded(parquet, folder, rows)
-        _write(here, *_repeated(images, texts, titles, rows))
+        pictures, titles = _embedded(parquet, folder)
+        kept = len(pictures) - UNSEEN
+        images = _repeated(pictures[:kept], rows)
+        _write(here, images, [titles[i % kept] for i in range(rows)], pictures[kept:])
     return load(here)
 
 
 def encoder(folder: Path) -> Path:
     """Of the bench that lies in a folder."""
-    return next((folder / "encoders").glob("*/best/spec.json")).parent
+    return folder / "encoder"
 
 
-def _embedded(parquet: Path, folder: Path, rows: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Of the first rows of the file, kept for other numbers of rows."""
+def _embedded(parquet: Path, folder: Path) -> tuple[np.ndarray, list[str]]:
+    """All pictures of the file in random order, kept for other numbers of rows."""
     import pyarrow.parquet as pq
 
-    from conjoin.pipeline import embedder
-
-    table = pq.read_table(parquet, columns=["id", "image", "caption"])
-    titles, kept = table["caption"].to_pylist(), folder / "embedded.npz"
+    table = pq.read_table(parquet, columns=["image", "caption"])
+    order, kept = np.random.default_rng(2).permutation(len(table)), folder / "embedded.npy"
     if not kept.exists():
-        if not (folder / "encoders").exists():
-            _train(parquet, folder)
-        towers = embedder.load(str(encoder(folder)))
-        images = towers.encode(image=table["image"].to_pylist())
-        np.savez(kept, images=images.astype(np.float32), texts=towers.encode(text=titles).astype(np.float32))
-    found = np.load(kept)
-    images, texts = found["images"], found["texts"]
-    good = np.flatnonzero(np.isfinite(images).all(1) & np.isfinite(texts).all(1))[:rows]
-    return images[good], texts[good], [titles[i] for i in good]
+        _make_encoder(encoder(folder))
+        np.save(kept, _components(np.stack([_pixels(data) for data in table["image"].to_pylist()])))
+    titles = table["caption"].to_pylist()
+    return np.load(kept)[order], [titles[i] for i in order]
 
 
-def _train(parquet: Path, folder: Path) -> None:
-    from conjoin.pipeline.recipe import TrainConfig
-    from conjoin.pipeline.source import SourceConfig
-    from conjoin.pipeline.train import train
+def _pixels(data: bytes) -> np.ndarray:
+    """(SIDE * SIDE,) float32 of a picture on white, in grey."""
+    from PIL import Image
 
-    columns = {"path": str(parquet), "id": "id", "group": "caption", "image": "image", "text": "caption"}
-    recipe = {"towers": {"image": {"size_px": 32}, "text": {}}, "epochs": 3, "global_batch_size": 256}
-    where = {"where": "hash(id) % 12 = 0", "output": str(folder / "encoders")}
-    train("bench", SourceConfig.model_validate(columns), TrainConfig.model_validate({**recipe, **where}))
-
-
-def _repeated(
-    images: np.ndarray, texts: np.ndarray, titles: list[str], rows: int
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """So often that there are enough rows; every time but the first moved a little, and of unit length again."""
-    rng, made = np.random.default_rng(0), []
-    for vectors in (images, texts):
-        out = np.empty((rows, vectors.shape[1]), np.float32)
-        for start in range(0, rows, len(vectors)):
-            part = vectors[: rows - start]
-            if start:
-                step = rng.normal(size=part.shape).astype(np.float32)
-                part = part + _MOVED * step / np.linalg.norm(step, axis=1, keepdims=True)
-            out[start : start + len(part)] = part / np.linalg.norm(part, axis=1, keepdims=True)
-        made.append(out)
-    return made[0], made[1], [titles[i % len(titles)] for i in range(rows)]
+    with Image.open(io.BytesIO(data)) as picture:
+        grey = picture.convert("RGBA").convert("La").resize((SIDE, SIDE))
+    luminance, alpha = np.asarray(grey, np.float32).reshape(-1, 2).T
+    return luminance + 255 - alpha
 
 
-def _write(here: Path, images: np.ndarray, texts: np.ndarray, titles: list[str]) -> None:
-    """Half of the queries are pictures, moved; half are words that somebody could type: captions of the rows."""
+def _components(pixels: np.ndarray) -> np.ndarray:
+    """(N, DIM) of unit length: the principal components of the pictures."""
+    pixels -= pixels.mean(axis=0)
+    _, axes = np.linalg.eigh(pixels.T @ pixels)
+    vectors = pixels @ axes[:, -DIM:] + 1e-3  # pictures without anything on them have a direction too
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
+
+
+def _make_encoder(folder: Path) -> None:
+    """For the words of hybrid searches, whose vectors have to come from somewhere."""
+    import torch
+
+    from conjoin.encoders.checkpoint import save
+    from conjoin.encoders.joint import build
+    from conjoin.encoders.towers import TowerOptions
+
+    torch.manual_seed(0)
+    towers = {"image": TowerOptions(size_px=16), "text": TowerOptions(max_tokens=16)}
+    save(build(towers, DIM, ["arrow left", "home", "cloud upload", "user circle outline"]), folder, {})
+
+
+def _repeated(vectors: np.ndarray, rows: int) -> np.ndarray:
+    """(rows, D): the same again, every time but the first moved a little, and of unit length."""
+    rng, out = np.random.default_rng(0), np.empty((rows, vectors.shape[1]), np.float32)
+    for start in range(0, rows, len(vectors)):
+        part = vectors[: rows - start]
+        out[start : start + len(part)] = _moved(part, rng) if start else part
+    return out
+
+
+def _moved(vectors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """By a step of MOVED in a random direction, and of unit length again."""
+    step = rng.normal(size=vectors.shape).astype(np.float32)
+    moved = vectors + MOVED * step / np.linalg.norm(step, axis=1, keepdims=True)
+    return np.asarray(moved / np.linalg.norm(moved, axis=1, keepdims=True), np.float32)
+
+
+def _write(here: Path, images: np.ndarray, titles: list[str], unseen: np.ndarray) -> None:
+    """Half of the queries are pictures of the table, moved; half are pictures that are not in it."""
     rng, number = np.random.default_rng(1), SINGLE + TUNING + BATCH
     stock = rng.permutation(len(images))
     some = rng.choice(len(images), number, replace=len(images) < number)
-    step = rng.normal(size=(number, images.shape[1]))
-    moved = images[some] + _MOVED * step / np.linalg.norm(step, axis=1, keepdims=True)
-    queries = np.where(np.arange(number)[:, None] % 2 == 0, moved, texts[some])
-    queries = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
+    queries = _moved(images[some], rng)
+    queries[1::2] = unseen[: len(queries[1::2])]
     words = [titles[i] for i in some if any(c.isalnum() for c in titles[i])][:SINGLE]
     facts = {"titles": titles, "words": words, "radius": _radius(images, np.flatnonzero(stock < JOINED))}
-    for name, values in {"vectors": images, "texts": texts, "stock": stock, "queries": queries}.items():
+    for name, values in {"vectors": images, "stock": stock, "queries": queries}.items():
         np.save(here / f"{name}.npy", values)
     (here / "facts.json").write_text(json.dumps(facts))
 
 
 def _radius(images: np.ndarray, left: np.ndarray) -> float:
     """Within which a row has so many others on average; clear of every distance, which programs round differently."""
-    nearest = []
+    most, nearest = PAIRS_PER_ROW * len(left), np.empty(0, np.float32)
     for start in range(0, len(left), 250):
-        distances = 1 - images[left[start : start + 250]] @ images.T
-        nearest.append(np.sort(np.partition(distances, 50, axis=1)[:, :50], axis=1)[:, 1:].ravel())
-    ordered = np.sort(np.concatenate(nearest))
-    at = PAIRS_PER_ROW * len(left)
-    at += int(np.argmax(np.diff(ordered[at - 1 :]) > _GAP))
+        distances = (1 - images[left[start : start + 250]] @ images.T).ravel()
+        nearest = np.partition(np.concatenate([nearest, distances]), 2 * most + len(left))[: 2 * most + len(left)]
+    ordered = np.sort(nearest)[len(left) :]  # without themselves
+    at = most + int(np.argmax(np.diff(ordered[most - 1 :]) > _GAP))
     return round(float(ordered[at - 1] + ordered[at]) / 2, 8)

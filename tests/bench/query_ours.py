@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import lance
 import numpy as np
 import pyarrow as pa
-from query_data import JOINED, Data, K, encoder
+from query_data import DIM, JOINED, Data, K, encoder
 
 from conjoin.pipeline import full_text, index, store
 from conjoin.pipeline.embedder import read_spec
@@ -45,7 +45,8 @@ class Conjoin:
 
     def ladder(self) -> Iterator[str]:
         found = next(report for report in self.reports if report.column == "image_vec")
-        yield f"{found.kind}, nprobes {found.nprobes}, refine {found.refine}" if found.nprobes else "exact"
+        step = self.table.explain(NEAREST, {"v": np.ones(DIM)}).steps[0]
+        yield f"{found.kind}, nprobes {step.probes}, refine {found.refine}" if found.nprobes else "exact"
 
     def search(self, query: np.ndarray, most: int | None) -> list[int]:
         if most is None:
@@ -85,7 +86,7 @@ class Conjoin:
 
 
 def rows(data: Data) -> pa.Table:
-    """With the metadata of an encoder's columns."""
+    """With the metadata of an encoder's column."""
     folder = str(encoder(data.folder.parent))
     fingerprint, dim = read_spec(folder)[1], data.vectors.shape[1]
     columns: dict[str, pa.Array] = {
@@ -94,9 +95,8 @@ def rows(data: Data) -> pa.Table:
         "title": pa.array(data.titles),
     }
     fields = [pa.field(name, values.type) for name, values in columns.items()]
-    for modality, vectors in {"image": data.vectors, "text": np.load(data.folder / "texts.npy")}.items():
-        facts = {"fingerprint": fingerprint, "modality": modality, "metric": "cosine", "dim": dim, "encoder": folder}
-        metadata = {f"{store.PREFIX}{name}": str(value) for name, value in facts.items()}
-        columns[f"{modality}_vec"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim)
-        fields.append(pa.field(f"{modality}_vec", pa.list_(pa.float32(), dim), metadata=metadata))
+    facts = {"fingerprint": fingerprint, "modality": "image", "metric": "cosine", "dim": dim, "encoder": folder}
+    metadata = {f"{store.PREFIX}{name}": str(value) for name, value in facts.items()}
+    columns["image_vec"] = pa.FixedSizeListArray.from_arrays(pa.array(data.vectors.ravel()), dim)
+    fields.append(pa.field("image_vec", pa.list_(pa.float32(), dim), metadata=metadata))
     return pa.table(columns, schema=pa.schema(fields))

@@ -25,8 +25,6 @@ from conjoin.pipeline.query import Table, open_table, search
 IN_CI, IN_ALL = 200, 2200
 # Kinds that the parser refuses today, and why. A kind that it takes no longer belongs here: a test says so.
 NOT_YET: Mapping[str, str] = {}
-# By hand until it always passes: of the first 200 cases 5 joins fail, and now and then one of LIMIT 1 OFFSET 10.
-pytestmark = pytest.mark.slow
 _EQUAL = 2e-6  # distances that two programs computed of the same vectors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -351,7 +352,8 @@ def test_a_new_encoders_column_is_indexed_before_it_is_renamed(
         lance.dataset(nights.uri).drop_columns(["image_vec"])
         lance.dataset(nights.uri).alter_columns({"path": "image_vec__next", "name": "image_vec"})
         swapped = lance.dataset(nights.uri)
-        assert index.settings(nights.uri, swapped)["image_vec"] == ahead["image_vec__next"].setting
+        expected = replace(ahead["image_vec__next"].setting, complete=True)
+        assert index.settings(nights.uri, swapped)["image_vec"] == expected
         found = indexed(nights.uri)["image_vec"]
         assert (found.action, found.fingerprint, found.parts) == ("kept", fingerprint, 1)
         assert set(unindexed(nights.uri).values()) == {0}

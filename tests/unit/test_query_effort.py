@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from conjoin.pipeline.errors import QueryError
+from conjoin.pipeline.index import Setting
 from conjoin.pipeline.query.effort import DEFAULT, EXACT, Effort, wanted_effort
+from conjoin.pipeline.query.relations import Relation
 
 TOP = "SELECT DIST AS d FROM things ORDER BY d LIMIT 10"
 
@@ -54,3 +57,11 @@ def test_words_for_efforts() -> None:
     assert wanted_effort(exact=False, recall=None) == DEFAULT
     assert wanted_effort(exact=True, recall=0.5) == wanted_effort(exact=False, recall=1.0) == EXACT
     assert wanted_effort(exact=False, recall=0.9) == Effort(recall=0.9)
+
+
+def test_a_default_search_looks_at_more_than_the_average_needs() -> None:
+    relation = Relation("things", pa.schema([]))
+    measured = {"image_vec": Setting(8, 2, 40), "text_vec": Setting(30, 4, 40)}
+    surer = {"image_vec": Setting(16, 2, 40), "text_vec": Setting(40, 4, 40)}
+    assert DEFAULT.applied(relation, measured) == surer
+    assert EXACT.applied(relation, measured) == {}
