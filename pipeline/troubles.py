@@ -34,9 +34,10 @@ def explain(error: Exception, verb: str, where: str) -> StorageError | None:
     if isinstance(error, StorageError):
         return error
     if is_s3(where):
+        from aiohttp import ClientError as Broken  # an answer cut off in the middle, which botocore does not wrap
         from botocore.exceptions import BotoCoreError, ClientError
 
-        known = isinstance(error, OSError | TimeoutError | BotoCoreError | ClientError)
+        known = isinstance(error, OSError | TimeoutError | BotoCoreError | ClientError | Broken)
         return _explain_s3(error, verb, where) if known or _is_in_words(error) else None
     return _explain_local(error, verb, where) if isinstance(error, OSError) or _is_in_words(error) else None
 
@@ -71,6 +72,7 @@ def first_line(error: Exception) -> str:
 
 
 def _explain_s3(error: Exception, verb: str, where: str) -> StorageError:
+    import aiohttp
     from botocore import exceptions as boto
 
     bucket = where.split("://", 1)[1].split("/", 1)[0]
@@ -87,7 +89,8 @@ def _explain_s3(error: Exception, verb: str, where: str) -> StorageError:
     if isinstance(error, PermissionError) or status in (401, 403):
         why = f"{code or status or 403}"
         return StorageError(f"cannot {verb}: S3 denied access ({why})", where=where, next=_CREDENTIALS)
-    if isinstance(error, boto.ConnectionError | boto.HTTPClientError | TimeoutError) or _UNSENT in str(error):
+    broken = (boto.ConnectionError, boto.HTTPClientError, aiohttp.ClientError, TimeoutError)
+    if isinstance(error, broken) or _UNSENT in str(error):
         why = "" if _UNSENT in str(error) else f": {error}"
         what = f"cannot {verb}: no answer from {endpoint() or 'S3'}{why}"
         advice = "Check AWS_ENDPOINT_URL, the network and that the server runs"

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from processes import living
 
 from conjoin.jobs.config import read_run_file
 from conjoin.jobs.nightly import run
@@ -77,14 +78,7 @@ class Catalog:
 
     def processes(self, name: str = "") -> list[int]:
         """Every living process of this catalog's commands, Ray's included, whose command line has `name` in it."""
-        found = []
-        for folder in Path("/proc").iterdir():
-            with suppress(OSError):
-                if folder.name.isdigit() and self.key.encode() in (folder / "environ").read_bytes():
-                    state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
-                    if state != "Z" and name in (folder / "cmdline").read_bytes().decode(errors="replace"):
-                        found.append(int(folder.name))
-        return found
+        return living(self.key, name)
 
 
 @pytest.fixture
