@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import duckdb
@@ -23,8 +23,6 @@ from sql_world import World
 from conjoin.pipeline.query import Table, open_table, search
 
 IN_CI, IN_ALL = 200, 2200
-# Kinds that the parser refuses today, and why. A kind that it takes no longer belongs here: a test says so.
-NOT_YET: Mapping[str, str] = {}
 _EQUAL = 2e-6  # distances that two programs computed of the same vectors
 
 
@@ -81,8 +79,6 @@ def numbers() -> list[object]:
 
 @pytest.mark.parametrize("number", numbers())
 def test_case(bench: Bench, number: int) -> None:
-    if reason := NOT_YET.get(sql_cases.kind(number)):
-        pytest.skip(reason)
     case = sql_cases.case(bench.world, number)
     wanted = bench.brute(case)
     found = bench.exact(case)
@@ -108,13 +104,6 @@ def test_most_searches_use_the_index(bench: Bench) -> None:
     frames = bench.world.frames
     told = [bench.indexed.explain(c.text, c.params or None, **{n: frames[n] for n in c.frames}) for c in cases]
     assert sum("index search" in text for text in told) >= len(cases) / 3
-
-
-@pytest.mark.parametrize("kind", NOT_YET)
-def test_skipped_kinds_are_still_refused(bench: Bench, kind: str) -> None:
-    case = next(sql_cases.case(bench.world, n) for n in itertools.count() if sql_cases.kind(n) == kind)
-    with pytest.raises(Exception, match="yet"):
-        bench.default(case)
 
 
 def report(way: str, case: Case, wrong: str, found: pa.Table, wanted: pa.Table) -> str:
