@@ -6,7 +6,7 @@ Assumes: comparison.py says in which order; hashes that cost much are null until
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from conjoin.pipeline import hashes, utf8
 from conjoin.pipeline.errors import SourceError
@@ -151,9 +151,11 @@ def look_deeper(comparison: Comparison, progress: ShowProgress) -> None:
 
 def _rows_of(comparison: Comparison, place: tuple[int, int], condition: str) -> np.ndarray:
     """Positions in one row group, ascending, of joined rows that meet a condition."""
+    import numpy as np
+
     file, row_group = place
     sql = f"SELECT row FROM joined WHERE file = {file} AND row_group = {row_group} AND {condition} ORDER BY row"
-    return cast("np.ndarray", comparison.connection.execute(sql).fetchnumpy()["row"])
+    return np.array(comparison.connection.execute(sql).fetchnumpy()["row"])
 
 
 def _deep(question: Question, modality: str, wanted: tuple[tuple[int, int], np.ndarray]) -> list[pa.Table]:
