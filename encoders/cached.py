@@ -33,24 +33,18 @@ def backward(
         share = share_of({name: some[0]() for name, some in parts.items()})
         torch.autograd.backward(share)
         return share.detach()
-    vectors: dict[str, list[torch.Tensor]] = {}
-    states: dict[str, list[_State]] = {}
+    states: dict[str, list[_State]] = {name: [] for name in parts}
+    sizes: dict[str, list[int]] = {name: [] for name in parts}
     with torch.no_grad():
-        for name, some in parts.items():
-            states[name], vectors[name] = [], []
-            for part in some:
-                states[name].append(_random_state(device))
-                vectors[name].append(part())
-    leaves = {name: torch.cat(found).requires_grad_() for name, found in vectors.items()}
-    sizes = {name: [len(found) for found in some] for name, some in vectors.items()}
-    del vectors
-    share = share_of(leaves)
+        leaves = {name: _vectors(some, states[name], sizes[name], device) for name, some in parts.items()}
+    share = share_of({name: leaf.requires_grad_() for name, leaf in leaves.items()})
     torch.autograd.backward(share)
-    for name, leaf in leaves.items():
-        grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    grads = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+    del leaves
+    for name, grad in grads.items():
         last = len(parts[name]) - 1
-        grads = torch.split(grad, sizes[name])
-        for number, (part, state, part_grad) in enumerate(zip(parts[name], states[name], grads, strict=True)):
+        some_grads = torch.split(grad, sizes[name])
+        for number, (part, state, part_grad) in enumerate(zip(parts[name], states[name], some_grads, strict=True)):
             if sync is not None:
                 sync(name, number == last)
             with _replayed(state, device):
@@ -58,6 +52,25 @@ def backward(
             if again.requires_grad:
                 torch.autograd.backward(again, part_grad)
     return share.detach()
+
+
+def _vectors(parts: Sequence[Part], states: list[_State], sizes: list[int], device: torch.device) -> torch.Tensor:
+    """What the parts give (B, D), without a graph; appends each one's random state before and its number of rows.
+
+    Each is written to its place at once: kept one by one, they would pin the heap that every pass frees.
+    """
+    out, rows = torch.empty(0), 0
+    for part in parts:
+        states.append(_random_state(device))
+        found = part()
+        if not sizes:  # parts are cut to one size, all but the last
+            out = found.new_empty(len(found) * len(parts), *found.shape[1:])
+        if (missing := rows + len(found) - len(out)) > 0:
+            out = torch.cat([out, found.new_empty(missing, *found.shape[1:])])
+        out[rows : rows + len(found)] = found
+        rows += len(found)
+        sizes.append(len(found))
+    return out[:rows]
 
 
 def _random_state(device: torch.device) -> _State:

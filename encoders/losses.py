@@ -7,7 +7,7 @@ computed in float32 at least, whatever the autocast. Rows of one group are never
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -163,18 +163,18 @@ def exact(features: torch.Tensor) -> torch.Tensor:
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
-Tile = Callable[[slice, Sequence[torch.Tensor]], torch.Tensor]
+Tile = Callable[[slice, Sequence[torch.Tensor]], Iterable[torch.Tensor]]
 
 
 def tiled(loss: Tile, num_rows: int, tile: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of loss(rows, tensors) over tiles of rows, with its gradient, in the memory of one tile.
+    """The sum of the parts that loss(rows, tensors) gives over tiles of rows, with its gradient, in one part's memory.
 
-    Each tile's gradient is taken at once and only its sum kept, so no tile outlives its turn (Inf-CL, Cheng et al.
-    2024, arXiv:2410.17243, does the same inside a kernel). First derivatives only.
+    Each part's gradient is taken at once and only its sum kept, so none outlives its turn (Inf-CL, Cheng et al.
+    2024, arXiv:2410.17243, does the same inside a kernel). First derivatives only, and one backward.
     """
     if num_rows <= tile or not torch.is_grad_enabled():
         starts = range(0, max(num_rows, 1), tile)
-        return torch.stack([loss(slice(i, min(i + tile, num_rows)), tensors) for i in starts]).sum()
+        return torch.stack([part for i in starts for part in loss(slice(i, min(i + tile, num_rows)), tensors)]).sum()
     total: torch.Tensor = _Tiled.apply(loss, num_rows, tile, *tensors)  # type: ignore[no-untyped-call]  # torch's
     return total
 
@@ -189,14 +189,15 @@ class _Tiled(torch.autograd.Function):
         total = torch.zeros((), dtype=exact(tensors[0]).dtype, device=tensors[0].device)
         with torch.enable_grad():
             for start in range(0, num_rows, tile):
-                share = loss(slice(start, min(start + tile, num_rows)), leaves)
-                if share.requires_grad:
-                    torch.autograd.backward(share)
-                total += share.detach()
+                for part in loss(slice(start, min(start + tile, num_rows)), leaves):
+                    if part.requires_grad:
+                        torch.autograd.backward(part)
+                    total += part.detach()
         ctx.save_for_backward(*[leaf.grad for leaf in leaves])  # type: ignore[arg-type]  # None where none is needed
         return total
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # in place, since they are as large as the batch: a second backward is torch's error about a changed tensor
         grads = ctx.saved_tensors  # type: ignore[attr-defined]  # autograd's
-        return (None, None, None, *(None if found is None else grad * found for found in grads))
+        return (None, None, None, *(None if found is None else found.mul_(grad) for found in grads))

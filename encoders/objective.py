@@ -8,7 +8,7 @@ does. The gradient is exact for every parameter, scales and biases included, at 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, combinations
@@ -94,27 +94,20 @@ class Objective:
         scale, bias = scaled.scale(*pair).to(a.device), scaled.bias(*pair).to(a.device)
         if self.custom is not None:
             return self._custom(a, b, scale, batch.group_N[both_N]) / ranks.world()
-        tile = max(1, self.tile_elements // max(len(b), 1))
-        forth = self._way(mine, tile, (a, b, scale, bias), group_N)
-        if self.loss == "sigmoid":
-            return forth
-        back = self._way(mine, tile, (b, a, scale, bias), group_N)
-        return (forth + back) / 2 if self.loss == "infonce" else forth + back
-
-    def _way(
-        self, mine: slice, tile: int, tensors: Sequence[torch.Tensor], group_N: torch.Tensor | None
-    ) -> torch.Tensor:
-        """This rank's rows of the first tensor against all of the second; then scale and bias."""
-
         same: losses.Same = "positive" if self.same_group == "positive" else "mask"
 
-        def tile_loss(rows: slice, given: Sequence[torch.Tensor]) -> torch.Tensor:
+        def tile_loss(rows: slice, given: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+            """One way after the other: together they would keep two gradients of a modality."""
             a_ND, b_ND, scale, bias = given
-            first = mine.start + rows.start
-            chosen = a_ND[first : mine.start + rows.stop]
-            return self._bound(scale, bias)(chosen, b_ND, among=Among(first, group_N, same))
+            place = slice(mine.start + rows.start, mine.start + rows.stop)
+            way, among = self._bound(scale, bias), Among(place.start, group_N, same)
+            share = 0.5 if self.loss == "infonce" else 1.0
+            yield share * way(a_ND[place], b_ND, among=among)
+            if self.loss != "sigmoid":
+                yield share * way(b_ND[place], a_ND, among=among)
 
-        return losses.tiled(tile_loss, mine.stop - mine.start, tile, tensors)
+        tile = max(1, self.tile_elements // max(len(b), 1))
+        return losses.tiled(tile_loss, mine.stop - mine.start, tile, (a, b, scale, bias))
 
     def _bound(self, scale: torch.Tensor, bias: torch.Tensor) -> OneWay:
         way: OneWay

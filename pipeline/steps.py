@@ -158,8 +158,10 @@ def _segment(
     with workers.data_settings():
         ray.data.DataContext.get_current().execution_options.preserve_order = True
         tasks = ray.data.TaskPoolStrategy(size=max(2, workers.num_cpus() // place[1]))
+        # No CPU is asked for, `size` bounds them: Ray Data shares out each node's free CPUs over the ranks' streams and
+        # rounds down, and a stream with a share of none reads one step at a time while its scheduler spins.
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            _read_step, fn_kwargs={"reader": reader}, batch_size=1, compute=tasks, num_cpus=0.25
+            _read_step, fn_kwargs={"reader": reader}, batch_size=1, compute=tasks, num_cpus=0
         )
         for batch in dataset.iter_batches(batch_size=1, prefetch_batches=2):
             yield unpack(batch, reader.raws)

@@ -16,10 +16,10 @@ from sqlglot import exp
 
 from conjoin.pipeline.errors import QueryError
 from conjoin.pipeline.query.analysis import Analysis
-from conjoin.pipeline.query.execute import Function, fresh_name
 from conjoin.pipeline.query.functions import name_outputs
 from conjoin.pipeline.query.parse import function_name, shown
 from conjoin.pipeline.query.relations import nearest_name
+from conjoin.pipeline.query.scalar import Function, fresh_name
 from conjoin.pipeline.store import VectorColumn
 
 if TYPE_CHECKING:

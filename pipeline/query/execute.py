@@ -6,21 +6,21 @@ Assumes: the SQL comes from our own syntax tree; every query has its own cursor,
 from __future__ import annotations
 
 import difflib
-import itertools
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from conjoin.pipeline.errors import QueryError
+from conjoin.pipeline.errors import ConjoinError, QueryError
 from conjoin.pipeline.query.functions import FUNCTIONS
+from conjoin.pipeline.query.pairs import KEY, ROW, Joined
 from conjoin.pipeline.query.parse import is_allowed
 from conjoin.pipeline.query.relations import nearest_name
+from conjoin.pipeline.query.scalar import Function
 
 if TYPE_CHECKING:
     import duckdb
@@ -35,24 +35,6 @@ _CONFIG = {
 # Up to so many rows one thread answers sooner than several, which have to wake each other: 20 rows of 256 dimensions
 # took 2.9 instead of 5.3 ms where other programs used the cores as well, 2.2 instead of 2.4 alone.
 _FEW_ROWS = 2_000
-
-
-@dataclass(frozen=True, slots=True)
-class Function:
-    """A scalar function of ours that DuckDB calls with columns; takes and result: DuckDB's names of types."""
-
-    name: str
-    takes: tuple[str, ...]
-    result: str
-    body: Callable[..., pa.Array]
-
-
-def fresh_name(word: str) -> str:
-    """A name that no other query uses: functions belong to the connection, which all queries share."""
-    return f"__{word}{next(_numbers)}"
-
-
-_numbers = itertools.count()
 
 
 class Engine:
@@ -96,16 +78,18 @@ class Engine:
         import duckdb
 
         cursor = self._cursor(few=_count(sources) <= _FEW_ROWS)
-        made = []
+        made, failed = list[str](), list[ConjoinError]()
         try:
             for function in functions:
-                _create(cursor, function)
+                _create(cursor, function, failed)
                 made.append(function.name)
             for name, source in sources.items():
-                cursor.register(name, source)
+                _register(cursor, name, source)
             relation = cursor.sql(sql, params=dict(parameters) or None)
             return _fetched(cursor, relation, self._waiting) if fetch else None
         except duckdb.Error as error:
+            if failed:
+                raise failed[0] from None
             raise _explain(error, _columns(sources)) from None
         finally:
             for name in made:
@@ -156,11 +140,31 @@ def function_names() -> list[str]:
     return [name for (name,) in rows if re.fullmatch(r"[a-z][a-z0-9_]+", name) and is_allowed(name)]
 
 
-def _create(cursor: duckdb.DuckDBPyConnection, function: Function) -> None:
+def _register(cursor: duckdb.DuckDBPyConnection, name: str, source: object) -> None:
+    """Rows under a name; those of neighbours as a view, so that a row near to many vectors is held once."""
+    if not isinstance(source, Joined):
+        cursor.register(name, source)
+        return
+    cursor.register(f"{name}_pairs", source.pairs)
+    cursor.register(f"{name}_rows", source.rows)
+    outputs = f'r.* EXCLUDE ("{ROW}"), p."{KEY}"'
+    of_rows = f'SELECT {outputs} FROM "{name}_pairs" p JOIN "{name}_rows" r USING ("{ROW}")'  # noqa: S608  # our names
+    cursor.execute(f'CREATE TEMP VIEW "{name}" AS {of_rows}')
+
+
+def _create(cursor: duckdb.DuckDBPyConnection, function: Function, failed: list[ConjoinError]) -> None:
+    """failed: takes what the function raises, of which DuckDB keeps the words only."""
     from duckdb.func import ARROW, SPECIAL  # SPECIAL: nulls are passed on, not answered by null
 
+    def body(*columns: pa.ChunkedArray) -> pa.Array:
+        try:
+            return function.body(*columns)
+        except ConjoinError as error:
+            failed.append(error)
+            raise
+
     takes = list(function.takes)
-    cursor.create_function(function.name, function.body, takes, function.result, type=ARROW, null_handling=SPECIAL)
+    cursor.create_function(function.name, body, takes, function.result, type=ARROW, null_handling=SPECIAL)
 
 
 def _columns(sources: Mapping[str, object]) -> Iterable[str]:

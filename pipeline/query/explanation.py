@@ -148,7 +148,7 @@ def explain_read(read: Read, settings: Mapping[str, Setting], text: Sequence[str
     step = Step(
         relation.name,
         int(relation.dataset.version),
-        _WAYS[choice.way],
+        _WAYS[choice.way] if read.near is None else "batched nearest-neighbour search",
         _why(read, choice, exact=exact),
         read.columns,
         rows,

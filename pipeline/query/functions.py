@@ -6,22 +6,28 @@ Assumes: stored vectors have unit length and one encoder per column; its fingerp
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 from sqlglot import exp
 
 from conjoin.pipeline.errors import QueryError
 from conjoin.pipeline.query.analysis import Analysis, Reference
+from conjoin.pipeline.query.expressions import EmbeddedColumn, Kind, is_arithmetic, terms_of
 from conjoin.pipeline.query.parse import DIALECT, function_name, shown
 from conjoin.pipeline.query.relations import Relation, nearest_name
+from conjoin.pipeline.query.scalar import fresh_name
 from conjoin.pipeline.store import VectorColumn
 
-Kind = Literal["text", "image", "audio", "id", "values"]
 _KINDS: Mapping[str, Kind] = {"text": "text", "image": "image", "audio": "audio", "vector_of": "id"}
-_MEASURES = ("distance", "similarity")
+# What DuckDB computes; only the cosine distance is the metric of the indexes.
+_MEASURES = {
+    "distance": "array_cosine_distance",
+    "similarity": "array_cosine_distance",
+    "l2_distance": "array_distance",
+    "negative_inner_product": "array_negative_inner_product",
+}
 FUNCTIONS = (*_MEASURES, *_KINDS, "relevance", "classify", "bm25", "hybrid")
 # What DuckDB itself offers, under its own names and sqlglot's.
 _RAW = re.compile(
@@ -33,7 +39,7 @@ _RAW = re.compile(
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """A query vector still to be made, for one column. name: its parameter in DuckDB; parameter: the query's, that
-    value came from.
+    value came from; value of a `sum`: its terms.
     """
 
     name: str
@@ -55,16 +61,34 @@ class Measure:
 
 
 @dataclass(frozen=True, slots=True)
+class Pair:
+    """distance(column, other) of vectors that differ from row to row: of another table's column, or embedded.
+
+    other: its reference and column's name; embedded: text(x) instead, and x.
+    """
+
+    reference: Reference
+    column: VectorColumn
+    similarity: bool
+    other: tuple[Reference, str] | None = None
+    embedded: tuple[EmbeddedColumn, exp.Expr] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Rewritten:
-    """wanted: vectors to make; measures: by id of the node (without parentheses) that now stands in the tree."""
+    """wanted: vectors to make; measures, pairs: by id of the node (without parentheses) that now stands in the tree;
+    embedded: columns whose values are embedded while DuckDB works.
+    """
 
     wanted: tuple[Wanted, ...]
     measures: Mapping[int, Measure]
+    pairs: Mapping[int, tuple[Pair, ...]] = field(default_factory=dict)
+    embedded: tuple[EmbeddedColumn, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One argument of a measure: a column, or a vector to make."""
+    """One argument of a measure: a column and its name, a vector to make, or a column's values to embed."""
 
     node: exp.Expr
     reference: Reference | None = None
@@ -72,6 +96,18 @@ class _Side:
     kind: Kind | None = None
     value: object = None
     parameter: str | None = None
+    embedded: exp.Expr | None = None
+    name: str = ""
+
+
+@dataclass(slots=True)
+class _Made:
+    """What the rewriting collects."""
+
+    wanted: list[Wanted] = field(default_factory=list)
+    measures: dict[int, Measure] = field(default_factory=dict)
+    pairs: dict[int, tuple[Pair, ...]] = field(default_factory=dict)
+    embedded: list[EmbeddedColumn] = field(default_factory=list)
 
 
 def rewrite(analysis: Analysis, bound: dict[str, object]) -> Rewritten:
@@ -82,9 +118,7 @@ def rewrite(analysis: Analysis, bound: dict[str, object]) -> Rewritten:
     for node in analysis.tree.find_all(exp.Func):
         if _RAW.fullmatch(function_name(node)):
             _check_raw(analysis, node)
-    wanted: list[Wanted] = []
-    measures: dict[int, Measure] = {}
-    taken: set[str] = set()
+    made, taken = _Made(), set[str]()
     nodes = [n for n in analysis.tree.find_all(exp.Anonymous) if function_name(n) in _MEASURES]
     name_outputs(nodes)
     for node in nodes:
@@ -93,14 +127,13 @@ def rewrite(analysis: Analysis, bound: dict[str, object]) -> Rewritten:
         left, right = (_side(analysis, bound, argument, taken) for argument in node.expressions)
         if left.column is None:
             left, right = right, left
-        replaced = _measured(node, left, right, wanted, measures)
-        node.replace(replaced)
-    for name in taken:
+        node.replace(_measured(node, left, right, made))
+    for name in taken - {placeholder.name for placeholder in analysis.tree.find_all(exp.Placeholder)}:
         bound.pop(name, None)
     for node in analysis.tree.find_all(exp.Anonymous):
         if function_name(node) in _KINDS:
             raise QueryError(f"{shown(node)} stands alone", next="Use it inside distance(column, ...) or similarity()")
-    return Rewritten(tuple(wanted), measures)
+    return Rewritten(tuple(made.wanted), made.measures, made.pairs, tuple(made.embedded))
 
 
 def name_outputs(nodes: list[exp.Anonymous]) -> None:
@@ -116,27 +149,55 @@ def name_outputs(nodes: list[exp.Anonymous]) -> None:
             alias.set("this", output)  # the node itself: others know it by its identity
 
 
-def _measured(
-    node: exp.Anonymous, left: _Side, right: _Side, wanted: list[Wanted], measures: dict[int, Measure]
-) -> exp.Expr:
-    where = shown(node)
+def _measured(node: exp.Anonymous, left: _Side, right: _Side, made: _Made) -> exp.Expr:
+    name, where = function_name(node), shown(node)
     if left.column is None:
-        raise QueryError(f"{function_name(node)}() needs a vector column", where=where)
+        raise QueryError(f"{name}() needs a vector column", where=where)
     array = exp.DataType.build(f"FLOAT[{left.column.dim}]", dialect=DIALECT)
-    made: Wanted | None = None
-    if right.kind is not None:
-        made = _want(left, right, wanted)
-        other: exp.Expr = exp.cast(exp.Placeholder(this=made.name), array)
+    wanted, embedded = None, None
+    if right.embedded is not None:
+        embedded = _embedded(left.column, right, made)
+        other: exp.Expr = exp.Anonymous(this=embedded.name, expressions=[right.embedded.copy()])
+        other.meta["per_row"] = True
+    elif right.kind is not None:
+        wanted = _want(left, right, made.wanted)
+        other = exp.cast(exp.Placeholder(this=wanted.name), array)
     else:
         _check_same_encoder(left.column, right.column, where)
         other = right.node.copy() if right.column else exp.cast(right.node.copy(), array)
-    result: exp.Expr = exp.Anonymous(this="array_cosine_distance", expressions=[left.node.copy(), other])
-    similarity = function_name(node) == "similarity"
+    result: exp.Expr = exp.Anonymous(this=_MEASURES[name], expressions=[left.node.copy(), other])
+    result.meta["per_row"] = True
+    similarity = name == "similarity"
     if similarity:
         result = exp.Paren(this=exp.Sub(this=exp.Literal.number(1), expression=result))
-    if made and left.reference:
-        measures[id(result.unnest())] = Measure(left.reference, left.column, made, similarity)
+    if left.reference and _MEASURES[name] == _MEASURES["distance"]:
+        if wanted:
+            made.measures[id(result.unnest())] = Measure(left.reference, left.column, wanted, similarity)
+        else:
+            pairs = tuple(_pairs(left, right, embedded, similarity))
+            made.pairs |= {id(result.unnest()): pairs} if pairs else {}
     return result
+
+
+def _pairs(left: _Side, right: _Side, embedded: EmbeddedColumn | None, similarity: bool) -> Iterator[Pair]:
+    """Either side of two columns may be the one that is searched."""
+    assert left.reference is not None
+    assert left.column is not None
+    if embedded is not None and right.embedded is not None:
+        yield Pair(left.reference, left.column, similarity, embedded=(embedded, right.embedded))
+    elif right.reference is not None:
+        yield Pair(left.reference, left.column, similarity, (right.reference, right.name))
+        if right.column is not None:
+            yield Pair(right.reference, right.column, similarity, (left.reference, left.name))
+
+
+def _embedded(column: VectorColumn, side: _Side, made: _Made) -> EmbeddedColumn:
+    kind = _KINDS[function_name(side.node)]
+    for known in made.embedded:
+        if (known.kind, known.column) == (kind, column):
+            return known
+    made.embedded.append(EmbeddedColumn(fresh_name("embed"), kind, column))
+    return made.embedded[-1]
 
 
 def _want(left: _Side, right: _Side, wanted: list[Wanted]) -> Wanted:
@@ -174,15 +235,31 @@ def _side(analysis: Analysis, bound: Mapping[str, object], node: exp.Expr, taken
     node = node.unnest()
     if isinstance(node, exp.Column):
         return _column_side(analysis, node)
+    if is_arithmetic(node):
+
+        def leaf(part: exp.Expr) -> tuple[Kind, object]:
+            return _single(bound, part, taken)[:2]
+
+        return _Side(node, kind="sum", value=terms_of(node, leaf, bound, taken))
+    argument = node.expressions[0] if isinstance(node, exp.Anonymous) and len(node.expressions) == 1 else None
+    if argument is not None and function_name(node) in _EMBEDDED and argument.find(exp.Column):
+        return _Side(node, embedded=argument)
+    return _Side(node, None, None, *_single(bound, node, taken))
+
+
+_EMBEDDED = ("text", "image", "audio")
+
+
+def _single(bound: Mapping[str, object], node: exp.Expr, taken: set[str]) -> tuple[Kind, object, str | None]:
+    """Kind and value of one vector, and the parameter that it came from."""
     if isinstance(node, exp.Anonymous) and function_name(node) in _KINDS:
-        value, parameter = _argument(node, bound, taken)
-        return _Side(node, kind=_KINDS[function_name(node)], value=value, parameter=parameter)
+        return (_KINDS[function_name(node)], *_argument(node, bound, taken))
     inner = node.this if isinstance(node, exp.Cast) else node
     if isinstance(inner, exp.Placeholder):
         taken.add(inner.name)
-        return _Side(node, kind="values", value=bound[inner.name], parameter=inner.name)
+        return "values", bound[inner.name], inner.name
     if isinstance(inner, exp.Array):
-        return _Side(node, kind="values", value=[_number(item) for item in inner.expressions])
+        return "values", [_number(item) for item in inner.expressions], None
     what = "NULL" if isinstance(node, exp.Null) else shown(node)
     near = nearest_name(function_name(node), _KINDS) if isinstance(node, exp.Anonymous) else ""
     raise QueryError(
@@ -224,7 +301,7 @@ def _column_side(analysis: Analysis, node: exp.Column) -> _Side:
         raise QueryError(f"{name} of {reference.relation.name} is not a vector column{nearest_name(name, known)}")
     if vector is None and reference.relation.dataset is not None:
         raise QueryError(f"{name} of {reference.relation.name} bears no encoder's fingerprint: it cannot be compared")
-    return _Side(node, reference=reference, column=vector)
+    return _Side(node, reference=reference, column=vector, name=name)
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -129,7 +129,7 @@ def _of_source(analysis: Analysis, source: Reference | Scope | None, column: str
     if isinstance(source, Reference):
         if source.node.args.get("sample") or source.node.alias_column_names or source.relation.column(key) is None:
             return []
-        return [KeySet(column, _rows_of(analysis, source), key, source, source.relation.name)]
+        return [KeySet(column, rows_of(analysis, source), key, source, source.relation.name)]
     if isinstance(source, Scope) and isinstance(source.expression, exp.Query):
         parent = source.expression.parent
         renamed = isinstance(parent, exp.CTE | exp.Subquery) and parent.alias_column_names
@@ -138,7 +138,7 @@ def _of_source(analysis: Analysis, source: Reference | Scope | None, column: str
     return []
 
 
-def _rows_of(analysis: Analysis, reference: Reference) -> exp.Select:
+def rows_of(analysis: Analysis, reference: Reference) -> exp.Select:
     """A table's own rows by the name it will have, with the conditions that are about it alone."""
     select = reference.scope.expression
     where = select.args.get("where") if isinstance(select, exp.Select) else None

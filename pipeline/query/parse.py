@@ -13,10 +13,10 @@ from typing import Literal
 
 import sqlglot
 from sqlglot import Token, TokenType, exp
-from sqlglot.dialects.dialect import Dialect
 from sqlglot.errors import ParseError, TokenError
 
 from conjoin.pipeline.errors import QueryError
+from conjoin.pipeline.query.operators import parse_tokens
 
 DIALECT = "duckdb"
 _STARTS = {"SELECT", "WITH", "FROM", "VALUES", "TABLE", "("}
@@ -125,9 +125,7 @@ def is_allowed(name: str) -> bool:
 
 def _trees(sql: str, numbered: str, tokens: Sequence[Token]) -> list[exp.Expr]:
     try:
-        return [
-            tree for tree in Dialect.get_or_raise(DIALECT).parser().parse(list(tokens), numbered) if tree is not None
-        ]
+        return [tree for tree in parse_tokens(tokens, numbered) if tree is not None]
     except ParseError as error:
         if numbered != sql:
             _trees(sql, sql, _tokenized(sql))  # raises with the places of the text as written
@@ -159,14 +157,7 @@ def _tokens(sql: str) -> Sequence[Token]:
     for token in tokens:
         if any(comment.startswith("+") for comment in token.comments):
             raise QueryError("hint comments have no effect here, so they are refused", where=_place(sql, token.start))
-        if token.token_type == TokenType.NULLSAFE_EQ:
-            raise QueryError("the operator <=> is not known", where=_place(sql, token.start), next=_USE_DISTANCE)
-        if token.token_type == TokenType.HASH_ARROW and sql[token.start - 1 : token.start] == "<":
-            raise QueryError("the operator <#> is not known", where=_place(sql, token.start - 1), next=_USE_DISTANCE)
     return tokens
-
-
-_USE_DISTANCE = "Use distance(column, vector)"
 
 
 def _check_start(sql: str, tokens: Sequence[Token]) -> None:
@@ -213,8 +204,6 @@ def _guard(tree: exp.Expr) -> None:
     for node in tree.walk():
         if isinstance(node, _REFUSED):
             raise _refusal(type(node).__name__)
-        if isinstance(node, exp.Distance):
-            raise QueryError("the operator <-> is not known", next=_USE_DISTANCE)
         if isinstance(node, exp.Table):
             _guard_table(node)
         elif isinstance(node, exp.Lateral) and isinstance(node.this, exp.Func):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from sqlglot import exp
@@ -20,6 +21,9 @@ from conjoin.pipeline.query.growth import Growth, unstable
 from conjoin.pipeline.query.keys import KeySet, find_keys, owns
 from conjoin.pipeline.query.parse import shown
 from conjoin.pipeline.query.ranges import Within, find_within
+
+if TYPE_CHECKING:
+    from conjoin.pipeline.query.neighbours import Near
 
 # A top-k beyond this is answered by a scan: candidates would be most of a table.
 LARGEST_K = 5_000
@@ -38,8 +42,9 @@ class TopK:
 class Read:
     """What one reference reads. filter: pushed into Lance; kept: conditions that only DuckDB evaluates, as text.
 
-    One of top (the nearest rows alone answer), growth (some of them may drop out again) and within (a range) leads to a
-    search, none of them to a scan; reason: why, in plain words. keys: semi-joins that may narrow growth, range or scan.
+    One of top (the nearest rows alone answer), growth (some of them may drop out again), within (a range) and near (the
+    same for many vectors) leads to a search, none of them to a scan; reason: why, in plain words. keys: semi-joins that
+    may narrow growth, range or scan.
     """
 
     reference: Reference
@@ -51,6 +56,7 @@ class Read:
     growth: Growth | None = None
     within: Within | None = None
     keys: tuple[KeySet, ...] = ()
+    near: Near | None = None
 
     @property
     def measure(self) -> Measure | None:

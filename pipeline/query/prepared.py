@@ -6,15 +6,17 @@ Assumes: nothing of a table is read yet but its schema; DuckDB has bound the que
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlglot import exp
 
 from conjoin.pipeline.query import classification, relevance, text_search
 from conjoin.pipeline.query.analysis import analyse
 from conjoin.pipeline.query.classification import Classifier
+from conjoin.pipeline.query.crossing import check_crossings
 from conjoin.pipeline.query.execute import Engine
 from conjoin.pipeline.query.functions import Rewritten, rewrite
+from conjoin.pipeline.query.neighbours import Near, with_neighbours
 from conjoin.pipeline.query.parameters import Params, bind
 from conjoin.pipeline.query.parse import DIALECT
 from conjoin.pipeline.query.planner import Read, plan_reads
@@ -28,9 +30,9 @@ from conjoin.pipeline.query.versions import name_versions
 class Prepared:
     """A checked query. sql: what DuckDB runs; parameters: lists and bytes that are not query vectors.
 
-    questions: what the plan may ask DuckDB, by table and number of the key set, -1 for the outcome of a growth; texts:
-    what the full-text index does for a read, by its name in DuckDB; repeatable: it holds nothing that may change while
-    its tables do not, and nothing that only one answer at a time can use.
+    questions: what the plan may ask DuckDB, by table and number of the key set, -1 for the outcome of a growth, -2 for
+    the vectors that neighbours are looked for; texts: what the full-text index does for a read, by its name in DuckDB;
+    repeatable: it holds nothing that may change while its tables do not, and nothing that only one answer can use.
     """
 
     tree: exp.Query
@@ -54,6 +56,9 @@ def prepare(tree: exp.Query, params: Params, relations: Relations, engine: Engin
     classifiers = classification.expand(analysis, bound)
     rewritten = relevance.measured(rewrite(analysis, bound), curves)
     reads = plan_reads(analysis, rewritten)
+    near = with_neighbours(analysis, rewritten, reads)
+    reads = tuple(_beside(read, near) for read in reads)
+    check_crossings(analysis, rewritten, reads)
     planned = {read.reference.name: text_search.plan(analysis, rewritten, read, texts) for read in reads}
     plans = {name: text for name, text in planned.items() if text is not None}
     for read in reads:
@@ -64,13 +69,25 @@ def prepare(tree: exp.Query, params: Params, relations: Relations, engine: Engin
     questions = _questions(reads)
     sql = tree.sql(DIALECT, copy=False)
     zeros = {wanted.name: [0.0] * wanted.column.dim for wanted in rewritten.wanted}
-    stubs = [c.stub() for c in classifiers] + [s.function({}) for text in plans.values() for s in text.scores]
+    stubs = [*[c.stub() for c in classifiers], *[e.stub() for e in rewritten.embedded]]
+    stubs += [s.function({}) for text in plans.values() for s in text.scores]
     schemas = {r.reference.name: r.reference.relation.schema for r in reads}
+    schemas |= {name: schemas[name].append(found.key_field) for name, found in near.items()}
     engine.check(sql, {**bound, **zeros}, schemas, stubs)
     pinned = {r.reference.relation.name: r.reference.relation.dataset for r in reads}
     versions = {name: int(dataset.version) for name, dataset in pinned.items() if dataset is not None}
-    repeatable = not (others or curves or plans or classifiers)
+    sums = any(wanted.kind == "sum" for wanted in rewritten.wanted)  # of parameters too
+    repeatable = not (others or curves or plans or classifiers or rewritten.embedded or sums)
     return Prepared(tree, sql, bound, reads, rewritten, versions, questions, plans, classifiers, repeatable)
+
+
+def _beside(read: Read, near: Mapping[str, Near]) -> Read:
+    """A read whose rows are looked for beside others; one whose rows others are looked for delivers their ids."""
+    ids = [found.id_column for found in near.values() if found.beside is read.reference and found.id_column]
+    read = replace(read, columns=tuple(dict.fromkeys([*read.columns, *ids])))
+    if (found := near.get(read.reference.name)) is None:
+        return read
+    return replace(read, near=found, reason=found.reason, growth=None, within=None, keys=())
 
 
 def _questions(reads: Sequence[Read]) -> dict[tuple[str, int], Question]:
@@ -81,4 +98,6 @@ def _questions(reads: Sequence[Read]) -> dict[tuple[str, int], Question]:
             found[read.reference.name, number] = keys.question()
         if (growth := read.growth) is not None:
             found[read.reference.name, -1] = outcome(growth.select, growth.measure, growth.need)
+        if read.near is not None:
+            found[read.reference.name, -2] = read.near.question()
     return found

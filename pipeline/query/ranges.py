@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from sqlglot import exp
 
@@ -25,13 +26,25 @@ class Within:
     radius: float
 
 
+class Measured(Protocol):
+    """What stands for `distance(...)` or `similarity(...)`."""
+
+    @property
+    def similarity(self) -> bool: ...
+
+
+M = TypeVar("M", bound=Measured)
+
+
 def find_within(parts: Sequence[exp.Expr], measures: Mapping[int, Measure], reference: Reference) -> list[Within]:
     """The ranges among the conjuncts of a reference's WHERE, the narrowest first."""
-    found = [within for part in parts if (within := _within(part, measures)) and within.measure.reference is reference]
+    bounds = [bound for part in parts if (bound := bound_of(part, measures))]
+    found = [Within(measure, radius) for measure, radius in bounds if measure.reference is reference]
     return sorted(found, key=lambda within: within.radius)
 
 
-def _within(part: exp.Expr, measures: Mapping[int, Measure]) -> Within | None:
+def bound_of(part: exp.Expr, measures: Mapping[int, M]) -> tuple[M, float] | None:
+    """The measure that a condition bounds from above, and the radius as a cosine distance."""
     part = part.unnest()
     if isinstance(part, exp.Between):
         low, high = _number(part.args["low"]), _number(part.args["high"])
@@ -47,8 +60,8 @@ def _within(part: exp.Expr, measures: Mapping[int, Measure]) -> Within | None:
 
 
 def _bounded(
-    node: exp.Expr, measures: Mapping[int, Measure], *, upper: float | None, lower: float | None
-) -> Within | None:
+    node: exp.Expr, measures: Mapping[int, M], *, upper: float | None, lower: float | None
+) -> tuple[M, float] | None:
     node = node.unnest()
     measure = measures.get(id(node))
     if measure is None:
@@ -57,8 +70,8 @@ def _bounded(
     if not isinstance(computed, exp.Anonymous) or computed.name.lower() != _COSINE:
         return None  # another metric, or a calibrated similarity
     if measure.similarity:
-        return None if lower is None else Within(measure, 1.0 - lower)
-    return None if upper is None else Within(measure, upper)
+        return None if lower is None else (measure, 1.0 - lower)
+    return None if upper is None else (measure, upper)
 
 
 def _number(node: exp.Expr) -> float | None:

@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from conjoin.pipeline.index import incomplete
 from conjoin.pipeline.query.keys import MOST_KEYS, KeySet, as_filter, is_worth
+from conjoin.pipeline.query.pairs import KEY, Joined, Wanted, find, joined, unit_rows
 from conjoin.pipeline.query.search import Choice, candidates, choose, grown, inside, scan
 
 if TYPE_CHECKING:
     from conjoin.pipeline.index import Setting
+    from conjoin.pipeline.query.expressions import EmbeddedColumn
+    from conjoin.pipeline.query.neighbours import Near
     from conjoin.pipeline.query.planner import Read
     from conjoin.pipeline.query.questions import Question
     from conjoin.pipeline.query.relations import Relation
@@ -27,6 +31,7 @@ _LARGE = 5_000
 # Rows that are looked through for keys.
 _MOST_PARTNERS = 100_000
 Ask = Callable[["Question", Mapping[str, object]], pa.Table]
+Embed = Callable[["EmbeddedColumn", list[str | None]], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +58,14 @@ class Sources:
         vectors: Mapping[str, np.ndarray],
         settings: Callable[[Relation], Mapping[str, Setting]],
         ask: Ask,
+        embed: Embed,
     ) -> None:
-        """questions: by the name of a table and the number of its key set, -1 for the outcome of a growth; settings:
-        of a table's indexes, none for an exact answer.
+        """questions: by the name of a table and the number of its key set, -1 for the outcome of a growth, -2 for what
+        neighbours are looked for; settings: of a table's indexes, none for an exact answer; embed: values of a column.
         """
         self._reads = {read.reference.name: read for read in reads}
-        self._questions, self._vectors, self._settings, self._ask = questions, vectors, settings, ask
+        self._questions, self._vectors, self._settings = questions, vectors, settings
+        self._ask, self._embed = ask, embed
         self._begun: set[str] = set()
         self.by_name: dict[str, object] = {}
         self.gathered: dict[str, Gathered] = {}
@@ -87,12 +94,32 @@ class Sources:
             self.by_name[name] = scan(read)
             self.gathered[name] = Gathered(read, None, {}, None, False)
             return
+        if read.near is not None:
+            self.by_name[name] = near = self._neighbours(read, read.near)
+            self.gathered[name] = Gathered(read, None, {}, near.pairs.num_rows, True)
+            return
         read, keys = self._narrowed(read)
         choice = choose(read, self._settings(read.reference.relation) if read.measure else {})
         found = None if choice.way == "scan" else self._search(read, choice)
         self.by_name[name] = scan(read) if found is None else found
         rows = None if found is None else found.num_rows
         self.gathered[name] = Gathered(read, choice, keys, rows, found is not None)
+
+    def _neighbours(self, read: Read, near: Near) -> Joined:
+        """The rows near to each vector that the rest of the query gives."""
+        relation, column = read.reference.relation, near.pair.column
+        asked = self._asked(self._questions[read.reference.name, -2], {})
+        if near.pair.embedded is not None:
+            found_ND, usable_N = self._embed(near.pair.embedded[0], asked[KEY].to_pylist())
+        else:
+            found_ND, usable_N, _ = unit_rows(asked["__vector"], column.dim)
+        setting = self._settings(relation).get(column.name)
+        assert relation.dataset is not None
+        if setting is not None and incomplete(relation.dataset):
+            setting = None  # a batch puts rough distances of indexed rows beside exact ones of the others
+        descending = near.pair.similarity
+        wanted = Wanted(column.name, read.filter, near.need, near.radius, near.ties, descending)
+        return joined(relation, read.columns, find(relation, wanted, found_ND, usable_N, setting), asked[KEY])
 
     def _search(self, read: Read, choice: Choice) -> pa.Table | None:
         assert read.measure is not None

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     import lance
     import numpy as np
 
+    from conjoin.pipeline.query.expressions import EmbeddedColumn
+
 Settings = Callable[[Relation], Mapping[str, Setting]]
 _SEARCHED = ("image", "text", "audio")  # whose vectors a search looks at, unless told: the first that the table has
 
@@ -231,6 +233,7 @@ class Table:
         clock = Clock()
         vectors = {wanted.name: self._vectors.make(wanted) for wanted in prepared.rewritten.wanted}
         functions = [c.function(self._vectors.encoder(c.column)) for c in prepared.classifiers]
+        functions += [embedded.function(self._vectors) for embedded in prepared.rewritten.embedded]
         clock.lap("embed")
         values = {**prepared.parameters, **{name: vector.tolist() for name, vector in vectors.items()}}
 
@@ -239,7 +242,11 @@ class Table:
             return self._engine.run(question.sql, given, sources, functions)
 
         settings = partial(self._index_settings, effort)
-        sources = Sources(prepared.reads, prepared.questions, vectors, settings, ask)
+
+        def embed(column: EmbeddedColumn, values: list[str | None]) -> tuple[np.ndarray, np.ndarray]:
+            return column.vectors_of(values, self._vectors)
+
+        sources = Sources(prepared.reads, prepared.questions, vectors, settings, ask, embed)
         for read in prepared.reads:
             found = self._search_text(read, prepared.texts.get(read.reference.name), vectors, settings)
             functions += found.functions if found else ()

@@ -18,12 +18,12 @@ from sqlglot import exp
 from conjoin.pipeline import full_text
 from conjoin.pipeline.errors import QueryError
 from conjoin.pipeline.query.analysis import Analysis, Reference
-from conjoin.pipeline.query.execute import Function, fresh_name
 from conjoin.pipeline.query.filters import conjuncts
 from conjoin.pipeline.query.functions import Measure, Rewritten, name_outputs
 from conjoin.pipeline.query.parse import DIALECT, function_name, shown
 from conjoin.pipeline.query.planner import Read, TopK, count_of, obstacle, pushable, sort_key, split
 from conjoin.pipeline.query.relations import nearest_name, projection
+from conjoin.pipeline.query.scalar import Function, fresh_name
 
 # Reciprocal rank fusion: Cormack, Clarke, Buettcher 2009, with their constant.
 CONSTANT = 60

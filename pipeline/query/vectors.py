@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pyarrow as pa
 
 from conjoin.pipeline.errors import QueryError
+from conjoin.pipeline.query.expressions import combined
 from conjoin.pipeline.query.filters import equals
 from conjoin.pipeline.query.relations import Relation
 
 if TYPE_CHECKING:
     from conjoin.pipeline.embedder import Embedder
+    from conjoin.pipeline.query.expressions import Term
     from conjoin.pipeline.query.functions import Wanted
     from conjoin.pipeline.store import VectorColumn
 
@@ -38,6 +42,10 @@ class QueryVectors:
             return unit(wanted.value, wanted.column)
         if wanted.kind == "id":
             return _stored(wanted.relation, wanted.column, wanted.value)
+        if wanted.kind == "sum":
+            terms = cast("tuple[Term, ...]", wanted.value)
+            part = replace(wanted, name="", parameter=None)
+            return combined(terms, lambda t: self.make(replace(part, kind=t.kind, value=t.value)), wanted.column)
         if not isinstance(wanted.value, str | bytes):
             raise QueryError(f"{wanted.kind}() takes text{'' if wanted.kind == 'text' else ', a path or bytes'}")
         key = (wanted.column.fingerprint, wanted.kind, wanted.value)
@@ -49,13 +57,29 @@ class QueryVectors:
                 self._made.popitem(last=False)
             return self._made[key]
 
-    def _embed(self, modality: str, value: str | bytes, column: VectorColumn) -> np.ndarray:
+    def embed_many(self, modality: str, values: Sequence[str], column: VectorColumn) -> list[np.ndarray | None]:
+        """(D,) float32 of unit length for each, None where there is nothing to embed. Raises QueryError."""
+        with self._lock:
+            encoder = self._with_tower(modality, column)
+        wanted = [value for value in values if value.strip()]
+        embedded = encoder.embed(modality, wanted)
+        if embedded.bad:
+            first = embedded.bad[0]
+            raise QueryError(f"{modality}() of a column: {wanted[first.position]!r}: {first.reason}")
+        rows = {value: row for row, value in enumerate(wanted) if embedded.present[row]}
+        return [unit(embedded.vectors[rows[value]], column) if value in rows else None for value in values]
+
+    def _with_tower(self, modality: str, column: VectorColumn) -> Embedder:
         encoder = self.encoder(column)
         if modality not in encoder.spec.towers:
             towers = ", ".join(encoder.spec.towers)
             raise QueryError(
                 f"the encoder of {column.name} has no {modality} tower, only {towers}", where=column.encoder
             )
+        return encoder
+
+    def _embed(self, modality: str, value: str | bytes, column: VectorColumn) -> np.ndarray:
+        encoder = self._with_tower(modality, column)
         embedded = encoder.embed(modality, [value])
         if embedded.bad or not embedded.present[0]:
             reason = embedded.bad[0].reason if embedded.bad else "nothing to embed"

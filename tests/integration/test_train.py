@@ -137,7 +137,9 @@ import os
 
 import conjoin as cj
 import my_towers
+import torch
 
+torch.manual_seed(0)  # of the user's own module
 SEEN = os.path.abspath("seen.txt")  # the workers are elsewhere
 
 def squares(a_ND, b_ND, scale, group_N):
@@ -166,7 +168,7 @@ def test_own_towers_loss_and_callbacks_as_a_user_writes_them(ray_session: None, 
     (tmp_path / "conjoin.yaml").write_text(
         f"name: shapes\nsource: {{path: {shapes}, id: id, image: image, text: caption}}\n"
         "table: {path: shapes.lance}\n"
-        "train: {dim: 16, global_batch_size: 48, epochs: 4, validate_every: 2, lr: 1.0e-2, "
+        "train: {dim: 16, global_batch_size: 48, epochs: 4, validate_every: 2, lr: 2.0e-5, "
         "towers: {image: {size_px: 16}}}\n"
     )
     done = subprocess.run([sys.executable, "research.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)

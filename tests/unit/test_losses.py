@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -226,9 +226,9 @@ LOSSES = {
 def test_tiles_give_the_whole_loss_and_every_gradient(loss: str, tile: int) -> None:
     group = torch.tensor([0, 1, 0, 2, 3, 1, 4])
 
-    def tile_loss(rows: slice, given: list[torch.Tensor]) -> torch.Tensor:
+    def tile_loss(rows: slice, given: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         a, b, scale = given
-        return LOSSES[loss](a[rows], b, scale, among=Among(rows.start, group))
+        yield LOSSES[loss](a[rows], b, scale, among=Among(rows.start, group))
 
     found = []
     for size in (7, tile):
@@ -239,6 +239,14 @@ def test_tiles_give_the_whole_loss_and_every_gradient(loss: str, tile: int) -> N
         found.append([value, grad(a), grad(b), grad(scale)])
     for whole, tiles in zip(*found, strict=True):
         torch.testing.assert_close(tiles, whole, rtol=1e-12, atol=1e-14)
+
+
+def test_a_second_backward_through_tiles_is_refused() -> None:
+    a, b = (value.requires_grad_() for value in random_pairs(4, 7))
+    value = tiled(lambda rows, given: [infonce(given[0][rows], given[1], 9.0, among=Among(rows.start))], 7, 2, [a, b])
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
 
 
 def test_large_scale_and_masks_keep_gradients_finite() -> None:
