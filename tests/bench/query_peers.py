@@ -340,7 +340,7 @@ def measured(program: Program, data: Data) -> dict[str, object]:
         asked = list(zip(data.single, data.words, strict=False))
         for pair in asked:
             program.hybrid(*pair)  # conjoin embeds words that it has not met; the others are given vectors
-        recall = program.hybrid_recall(data.words[:50]) if hasattr(program, "hybrid_recall") else None
+        recall = program.hybrid_recall(data.words[:20]) if hasattr(program, "hybrid_recall") else None
         facts["hybrid"] = [*_percentiles(timed(lambda pair: program.hybrid(*pair), asked)[0]), recall]
     with suppress(KeyboardInterrupt), within(_MOST_AT_ONCE_S):
         for size in (_WARM, BATCH):
