@@ -31,9 +31,12 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
         return fsspec.filesystem("file"), str(Path(uri.removeprefix("file://")).absolute())
     import s3fs
 
-    # The endpoint is an argument so that fsspec's instance cache keeps two endpoints apart.
+    # Endpoint and keys are arguments so that fsspec's instance cache keeps two endpoints, and renewed keys, apart.
     fs = s3fs.S3FileSystem(
         endpoint_url=endpoint(),
+        key=os.environ.get("AWS_ACCESS_KEY_ID"),
+        secret=os.environ.get("AWS_SECRET_ACCESS_KEY"),
+        token=os.environ.get("AWS_SESSION_TOKEN"),
         default_cache_type="none",
         listings_expiry_time=0,
         use_listings_cache=False,

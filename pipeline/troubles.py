@@ -27,6 +27,8 @@ _S3_CODE = re.compile(r"<Code>(\w+)</Code>")
 _UNSENT = "error sending request"
 _TRANSIENT = {errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE, errno.ESTALE, errno.EREMOTEIO}
 _CREDENTIALS = "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY (or the machine's role) and the bucket's policy"
+_OLD_KEYS = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
+_RENEW = "Renew them (or name a role or a credential_process, which renew themselves); the same command goes on"
 
 
 def explain(error: Exception, verb: str, where: str) -> StorageError | None:
@@ -86,6 +88,11 @@ def _explain_s3(error: Exception, verb: str, where: str) -> StorageError:
         return StorageError(f"no bucket named {bucket}", where=where, next="Create it, or correct the name")
     if isinstance(error, FileNotFoundError):
         return StorageError("no such file", where=where)
+    if code == "400":  # of a HEAD: S3 says no more, and asks for it with keys that have run out
+        what = f"cannot {verb}: S3 refuses the request (400), as it does when the keys of S3 have expired"
+        return StorageError(what, where=where, next=_RENEW)
+    if code in _OLD_KEYS or any(word in str(error) for word in _OLD_KEYS):
+        return StorageError(f"cannot {verb}: the keys of S3 have expired", where=where, next=_RENEW)
     if isinstance(error, PermissionError) or status in (401, 403):
         why = f"{code or status or 403}"
         return StorageError(f"cannot {verb}: S3 denied access ({why})", where=where, next=_CREDENTIALS)

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
@@ -29,17 +29,24 @@ class Faults:
     """How the proxy behaves, and what it did.
 
     share: of requests that fail, by a seeded draw among `kinds`. good_tokens: where not empty, only requests that bear
-    one of these session tokens are answered, others as S3 answers those of old ones.
+    one of these session tokens are answered, others as S3 answers those of old ones. each: called with the number of
+    every request before it is looked at.
     """
 
     share: float = 0.0
     seed: int = 0
     kinds: tuple[str, ...] = KINDS
     good_tokens: set[str] = field(default_factory=set)
+    each: Callable[[int], None] = lambda number: None
     met: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self._rng, self._lock = random.Random(self.seed), threading.Lock()
+        self._rng, self._lock, self._requests = random.Random(self.seed), threading.Lock(), 0
+
+    def arrive(self) -> None:
+        with self._lock:
+            self._requests += 1
+            self.each(self._requests)
 
     def draw(self) -> str:
         """The fault of one request, "" for none."""
@@ -82,6 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         body = self._body()
+        self.behaviour.arrive()
         if self._is_stale():
             self.behaviour.count("stale")
             self._answer(400, _ERROR.format("ExpiredToken", "The provided token has expired.").encode())

@@ -15,7 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
+from bucket import Bucket
 from PIL import Image, ImageDraw
+from shop import row
+
+from conjoin.pipeline import embed
 
 COLOURS = ("red", "green", "blue", "black", "orange", "purple")
 SHAPES = ("circle", "square", "bar", "cross")
@@ -173,3 +177,13 @@ def draw_shape() -> Callable[[str, str, np.random.Generator], bytes]:
 @pytest.fixture
 def conjoin() -> Command:
     return Command()
+
+
+@pytest.fixture
+def bucket(s3: str, _moto: str, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """18 records in three files, published by a good night."""
+    monkeypatch.setattr(embed, "_run_units", embed._run_here)  # Ray adds nothing to what is asked of a bucket
+    made = Bucket(s3, _moto, tiny_encoder, monkeypatch)
+    made.write(a=[row(n) for n in range(8)], b=[row(n) for n in range(8, 14)], c=[row(n) for n in range(14, 18)])
+    made.night(_moto)
+    return made

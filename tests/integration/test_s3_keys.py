@@ -1,0 +1,93 @@
+"""Keys of S3 that run out in the middle of a night: a profile renews them unseen, keys of the environment end it."""
+
+from __future__ import annotations
+
+import datetime as dt
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from bucket import Bucket, change, reading
+from faults import Faults, faulty
+
+from conjoin.jobs.nightly import run
+from conjoin.pipeline.errors import StorageError
+
+# What `credential_process` runs: the newest token, which is about to run out, so that nobody keeps it for long.
+PRINTS = """
+import datetime as dt, json, sys
+at = dt.datetime.now(dt.timezone.utc) + dt.timedelta(seconds=1)
+keys = {"AccessKeyId": "testing", "SecretAccessKey": "testing", "SessionToken": open(sys.argv[1]).read()}
+print(json.dumps({"Version": 1, **keys, "Expiration": at.isoformat()}))
+"""
+
+
+@dataclass
+class Tokens:
+    """Session tokens of which the newest two are good, as an old one overlaps with its successor."""
+
+    file: Path
+    good: set[str] = field(default_factory=set)
+    number: int = 0
+
+    def renew(self) -> None:
+        self.number += 1
+        self.good.add(f"token-{self.number}")
+        self.good.discard(f"token-{self.number - 2}")
+        self.file.write_text(f"token-{self.number}")
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Tokens:
+    made = Tokens(tmp_path / "token")
+    made.renew()
+    return made
+
+
+def every(count: int, action: Callable[[], None]) -> Callable[[int], None]:
+    return lambda number: action() if number % count == 0 else None
+
+
+def test_a_profile_renews_its_keys_in_the_middle_of_a_night(
+    bucket: Bucket, tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "keys.py"
+    script.write_text(PRINTS)
+    profile = tmp_path / "profile"
+    profile.write_text(f"[default]\ncredential_process = {sys.executable} {script} {tokens.file}\nregion = us-east-1\n")
+    faults = Faults(good_tokens=tokens.good, each=every(100, tokens.renew))
+    with faulty(bucket.good, faults) as endpoint:
+        before = bucket.wanted()
+        change(bucket, 1)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(profile))
+        with reading(bucket, (before, bucket.wanted())):
+            bucket.night(endpoint)
+    assert tokens.number > 2, "nothing ran out"
+    assert not bucket.errors
+    assert not faults.met["stale"]
+
+
+@pytest.mark.parametrize("requests", [1, 60])
+def test_keys_that_are_not_renewed_end_the_night_and_new_ones_go_on(
+    bucket: Bucket, tokens: Tokens, monkeypatch: pytest.MonkeyPatch, requests: int
+) -> None:
+    def expire(number: int) -> None:
+        if number == requests:
+            tokens.good.clear()
+            tokens.good.add("token-other")
+
+    with faulty(bucket.good, Faults(good_tokens=tokens.good, each=expire)) as endpoint:
+        before = bucket.wanted()
+        change(bucket, 1)
+        monkeypatch.setenv("AWS_SESSION_TOKEN", "token-1")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        with reading(bucket, (before, bucket.wanted())):
+            with pytest.raises(StorageError, match=r"keys of S3 have expired.*Renew them"):
+                run(bucket.config(), dt.date(2026, 1, 1))
+            monkeypatch.setenv("AWS_SESSION_TOKEN", "token-other")
+            bucket.night(endpoint)
+    assert not bucket.errors
