@@ -155,7 +155,9 @@ def open_version(uri: str, version: str | int | None = LIVE) -> lance.LanceDatas
         return dataset
     try:
         return _dataset(uri, version)
-    except ValueError:
+    except ValueError as error:
+        if (trouble := storage.explain(error, "open the table", uri)) and trouble.retryable:
+            raise trouble from error
         advice = "`conjoin run` publishes one" if version == LIVE else "`conjoin history` lists the versions"
         raise TableError(f"the table has no version {version!r}", where=uri, next=advice) from None
 
@@ -203,7 +205,10 @@ def lineage(dataset: lance.LanceDataset) -> Iterator[tuple[int, Mapping[str, str
             transaction = dataset.read_transaction(version)
         except TypeError:  # pylance 14 cannot describe a compaction that remapped an index; that is no run's commit
             transaction = None
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            # Only a version that is gone ends the walk: a bucket that fails must not hide what a run committed.
+            if (trouble := storage.explain(error, "read the history", str(dataset.uri))) and trouble.retryable:
+                raise trouble from error
             return
         if transaction is not None and isinstance(transaction.operation, lance.LanceOperation.Restore):
             version = int(transaction.operation.version)
