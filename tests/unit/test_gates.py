@@ -197,6 +197,18 @@ def test_a_vector_column_of_somebody_else(make_table: Callable[..., Any], tmp_pa
         passes(written(tmp_path, rows.append_column("mine", foreign)), 20)
 
 
+def test_a_vector_column_that_is_missing(make_table: Callable[..., Any], tmp_path: Path) -> None:
+    rows = make_table(20, dim=4).rows
+    with pytest.raises(GateError, match="columns: vector columns are image_vec, planned are image_vec, text_vec"):
+        passes(written(tmp_path, rows.drop_columns("text_vec")), 20)
+
+
+def test_vectors_of_another_encoder(make_table: Callable[..., Any]) -> None:
+    dataset = store.open_version(make_table(20, dim=4).uri)
+    with pytest.raises(GateError, match="encoder of image_vec: image_vec: encoder 0123456789ab, expected ffffffffffff"):
+        check_gates(dataset, expected(20, "f" * 32), Gates())
+
+
 def test_a_wrong_dimension(make_table: Callable[..., Any], tmp_path: Path) -> None:
     rows = make_table(20, dim=4).rows
     position = rows.schema.get_field_index("image_vec")

@@ -16,6 +16,7 @@ from conjoin.pipeline.errors import GateError, Interrupted, StorageError
 from conjoin.pipeline.heartbeat import read_beats
 from conjoin.pipeline.night import read_night
 from conjoin.pipeline.plan import load_plan
+from conjoin.pipeline.query import open_table
 from conjoin.pipeline.runs import run_directory
 from conjoin.pipeline.stager import Stager
 from conjoin.pipeline.status import look
@@ -193,11 +194,14 @@ def test_a_second_night_of_the_day_goes_on_where_a_dead_one_stopped(
 
 def test_the_night_after_a_rollback_builds_on_what_is_live(shop: Shop) -> None:
     uri = str(shop.folder / "things.lance")
-    before = shop.table()
+    sql = "SELECT id, caption, distance(text_vec, text('green')) AS d FROM things ORDER BY d, id LIMIT 10"
+    before, answers = shop.table(), open_table(uri).sql(sql).to_pylist()
     shop.write(a=[row(n, caption="green") for n in range(8)])
     shop.night()
+    assert open_table(uri).sql(sql).to_pylist() != answers
     publishing.rollback(uri)
     assert shop.table().equals(before)
+    assert open_table(uri).sql(sql).to_pylist() == answers
     shop.write(b=[row(n, price=1.0) for n in range(8, 14)])
     report = shop.night()
     assert shop.plan(report)["changed"] == 8
