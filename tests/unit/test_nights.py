@@ -194,7 +194,7 @@ def test_a_second_night_of_the_day_goes_on_where_a_dead_one_stopped(
 
 def test_the_night_after_a_rollback_builds_on_what_is_live(shop: Shop) -> None:
     uri = str(shop.folder / "things.lance")
-    sql = "SELECT id, caption, distance(text_vec, text('green')) AS d FROM things ORDER BY d, id LIMIT 10"
+    sql = "SELECT id, price, distance(text_vec, text('green')) AS d FROM things ORDER BY d, id LIMIT 10"
     before, answers = shop.table(), open_table(uri).sql(sql).to_pylist()
     shop.write(a=[row(n, caption="green") for n in range(8)])
     shop.night()
