@@ -103,7 +103,7 @@ class Trial:
 
     def wait_for_nobody(self) -> None:
         """Ray's own processes end by themselves once their driver is gone."""
-        until = time.monotonic() + 60
+        until = time.monotonic() + 240
         while living(self.key):
             assert time.monotonic() < until, "processes of a killed night live on"
             time.sleep(0.1)
