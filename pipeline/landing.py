@@ -58,8 +58,7 @@ def _kept_rows(run: str, plan: Plan, record: Record, *, left: bool = False) -> p
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    with plans.open_rows(run, plan) as file:
-        rows = file.read_row_group(record.unit)
+    rows = plans.PlanRows(run, plan).read(record.unit)
     numbers = [number for number, file in enumerate(plan.files) if file.path in record.left]
     of_left = pc.is_in(rows["file"], pa.array(numbers, pa.int32()))
     return rows.filter(of_left if left else pc.invert(of_left))

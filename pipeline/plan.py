@@ -169,12 +169,27 @@ def file_of_plan(run: str, plan: Plan, what: str) -> str:
     return storage.join(run, plan.folder, f"{what}.parquet")
 
 
-def open_rows(run: str, plan: Plan) -> pq.ParquetFile:
-    """The rows of the plan's units, row group u for unit u; keep it open to read several units."""
-    import pyarrow.parquet as pq
+class PlanRows:
+    """The rows of a plan's units, row group u for unit u; the file stays open for further units."""
 
-    fs, path = storage.filesystem(file_of_plan(run, plan, ROWS))
-    try:
-        return pq.ParquetFile(path, filesystem=fs)
-    except FileNotFoundError as error:
-        raise SourceError("the rows of the plan are gone", where=run, next="Remove this run's directory") from error
+    def __init__(self, run: str, plan: Plan) -> None:
+        self._run, self._where = run, file_of_plan(run, plan, ROWS)
+        self._file: pq.ParquetFile | None = None
+
+    def read(self, unit: int) -> pa.Table:
+        """Raises StorageError where the file cannot be read, SourceError where it is gone."""
+        return storage.retry(lambda: self._read(unit), verb="read", where=self._where)
+
+    def _read(self, unit: int) -> pa.Table:
+        import pyarrow.parquet as pq
+
+        fs, path = storage.filesystem(self._where)
+        try:
+            self._file = self._file or pq.ParquetFile(path, filesystem=fs)
+            return self._file.read_row_group(unit)
+        except FileNotFoundError as error:
+            what = "the rows of the plan are gone"
+            raise SourceError(what, where=self._run, next="Remove this run's directory") from error
+        except OSError:
+            self._file = None  # opened anew at the next try
+            raise

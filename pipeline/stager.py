@@ -22,14 +22,13 @@ from conjoin.pipeline.catalog import Catalog
 from conjoin.pipeline.chunks import Piece, Recipe, chunks
 from conjoin.pipeline.errors import ConjoinError, ConservationError, EncoderError
 from conjoin.pipeline.gathered import Cache, Gathered, Trouble
-from conjoin.pipeline.plan import Plan, load_plan, open_rows
+from conjoin.pipeline.plan import Plan, PlanRows, load_plan
 from conjoin.pipeline.quarantine import quarantine_schema
 from conjoin.pipeline.runs import run_directory
 from conjoin.pipeline.state import parquet_bytes, state_schema
 
 if TYPE_CHECKING:
     import lance
-    import pyarrow.parquet as pq
 
     from conjoin.pipeline.embedder import Embedder
 
@@ -69,8 +68,8 @@ class Stager:
         return load_plan(self._run)
 
     @cached_property
-    def _rows(self) -> pq.ParquetFile:
-        return open_rows(self._run, self._plan)
+    def _rows(self) -> PlanRows:
+        return PlanRows(self._run, self._plan)
 
     @cached_property
     def _table(self) -> lance.LanceDataset:
@@ -112,7 +111,7 @@ class Stager:
             return done
         started = time.monotonic()
         self._begin(number)
-        rows = self._rows.read_row_group(number)
+        rows = self._rows.read(number)
         if units.ids_digest(rows["id"]) != unit.ids:
             raise ConservationError(f"the plan's rows: unit {number} is not the planned one", where=self._run)
         rows, left = self._without_changed(rows)

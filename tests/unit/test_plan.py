@@ -18,7 +18,7 @@ from conjoin.pipeline.draft import base_of, drafting
 from conjoin.pipeline.embed import EmbedConfig
 from conjoin.pipeline.errors import SourceError, TableError
 from conjoin.pipeline.freezing import freeze
-from conjoin.pipeline.plan import Plan, changed_since, load_plan, open_rows
+from conjoin.pipeline.plan import Plan, PlanRows, changed_since, load_plan
 from conjoin.pipeline.runs import finish, next_run_id, run_directory, run_ids, unfinished
 from conjoin.pipeline.source import SourceConfig, list_source
 from conjoin.pipeline.state import FileState, Manifest
@@ -75,8 +75,8 @@ def test_a_plan_is_frozen_with_one_row_group_per_unit(catalog: Catalog) -> None:
     assert load_plan(run) == plan
     assert {kind: count for kind, count in plan.counts.items() if count} == {"new": 5}
     assert (plan.rows, plan.base_version, plan.thumbnail_px) == (5, 0, 96)
-    with open_rows(run, plan) as rows:
-        tables = [rows.read_row_group(unit.number) for unit in plan.units]
+    rows = PlanRows(run, plan)
+    tables = [rows.read(unit.number) for unit in plan.units]
     assert [table["id"].to_pylist() for table in tables] == [["a0", "a1"], ["a2"], ["b0", "b1"]]
     assert [table["unit"].unique().to_pylist() for table in tables] == [[0], [1], [2]]
     assert [ids_digest(table["id"]) for table in tables] == [unit.ids for unit in plan.units]
@@ -86,10 +86,8 @@ def test_a_plan_is_frozen_with_one_row_group_per_unit(catalog: Catalog) -> None:
 def test_a_large_row_group_is_cut_at_fixed_rows(catalog: Catalog, tmp_path: Path) -> None:
     cut = replace(catalog, embed=EmbedConfig(unit_rows=1))
     plan = made(cut)
-    with open_rows(run_directory(catalog.table.path, plan.run_id), plan) as rows:
-        tables = [
-            rows.read_row_group(unit.number).select(["row_group", "row", "id"]).to_pylist() for unit in plan.units
-        ]
+    rows = PlanRows(run_directory(catalog.table.path, plan.run_id), plan)
+    tables = [rows.read(unit.number).select(["row_group", "row", "id"]).to_pylist() for unit in plan.units]
     assert tables[:3] == [
         [{"row_group": 0, "row": 0, "id": "a0"}],
         [{"row_group": 0, "row": 1, "id": "a1"}],
