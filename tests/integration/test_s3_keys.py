@@ -71,7 +71,7 @@ def test_a_profile_renews_its_keys_in_the_middle_of_a_night(
     assert not faults.met["stale"]
 
 
-@pytest.mark.parametrize("requests", [1, 60])
+@pytest.mark.parametrize("requests", [1, pytest.param(60, marks=pytest.mark.slow)])
 def test_keys_that_are_not_renewed_end_the_night_and_new_ones_go_on(
     bucket: Bucket, tokens: Tokens, monkeypatch: pytest.MonkeyPatch, requests: int
 ) -> None:
