@@ -156,7 +156,7 @@ class Terminal:
         )
         os.close(slave)
 
-    def expect(self, pattern: str, timeout_s: float = 20) -> None:
+    def expect(self, pattern: str, timeout_s: float = 60) -> None:
         """Wait for it; what was shown before it is forgotten."""
         end = time.monotonic() + timeout_s
         while not (found := re.search(pattern, self.shown)):
