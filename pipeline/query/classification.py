@@ -17,6 +17,7 @@ from sqlglot import exp
 from conjoin.pipeline.errors import QueryError
 from conjoin.pipeline.query.analysis import Analysis
 from conjoin.pipeline.query.functions import name_outputs
+from conjoin.pipeline.query.pairs import unit_rows
 from conjoin.pipeline.query.parse import function_name, shown
 from conjoin.pipeline.query.relations import nearest_name
 from conjoin.pipeline.query.scalar import Function, fresh_name
@@ -98,14 +99,9 @@ def embed_labels(encoder: Embedder, wanted: Classifier) -> tuple[np.ndarray, flo
 
 def labelled(vectors: pa.ChunkedArray | pa.Array, classes_CD: np.ndarray, scale: float, labels: pa.Array) -> pa.Array:
     """Structs of label and probability; null where the vector is null, NaN or zero. Of equals the first label."""
-    array = vectors.combine_chunks() if isinstance(vectors, pa.ChunkedArray) else vectors
-    there_N = np.asarray(array.is_valid())
-    vectors_ND = np.zeros((len(array), classes_CD.shape[1]), np.float32)
-    vectors_ND[there_N] = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, classes_CD.shape[1])
-    norms_N = np.linalg.norm(vectors_ND, axis=1)
-    usable_N = there_N & np.isfinite(norms_N) & (norms_N > 0)
-    scores_NC = np.zeros((len(array), len(classes_CD)), np.float64)
-    scores_NC[usable_N] = scale * (vectors_ND[usable_N] / norms_N[usable_N, None]) @ classes_CD.T
+    vectors_ND, usable_N, _ = unit_rows(vectors, classes_CD.shape[1])
+    scores_NC = np.zeros((len(vectors_ND), len(classes_CD)), np.float64)
+    scores_NC[usable_N] = scale * vectors_ND[usable_N] @ classes_CD.T
     best_N = scores_NC.argmax(axis=1)
     probabilities_N = 1 / np.exp(scores_NC - scores_NC.max(axis=1, keepdims=True)).sum(axis=1)
     columns = [labels.take(pa.array(best_N)), pa.array(probabilities_N)]

@@ -26,6 +26,7 @@ _MOST_PAIRS = 20_000_000
 _BLOCK_ROWS, _BLOCK_QUERIES, _BATCH = 8_192, 1_024, 256
 _ROUNDING = 1e-5
 _OVERFETCH = 5
+_FIRST = 64  # rows that a radius begins with
 KEY = "__near"  # the column that says which vector a row is near to
 
 
@@ -46,7 +47,7 @@ class Wanted:
 
 @dataclass(slots=True)
 class _Unusable:
-    """Addresses of rows whose vector is NaN or zero, and of those that have none."""
+    """Ids of rows whose vector is NaN or zero, and of those that have none."""
 
     nan: list[np.ndarray] = field(default_factory=list)
     null: list[np.ndarray] = field(default_factory=list)
@@ -54,7 +55,7 @@ class _Unusable:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """query: number of the vector; address: of a row near to it; both (P,). exact: whether no index was used."""
+    """query: number of the vector; address: Lance's id of a row near to it; both (P,). exact: no index was used."""
 
     query: np.ndarray
     address: np.ndarray
@@ -119,12 +120,12 @@ def _blocks(
     scanner = relation.dataset.scanner(
         columns=projection(relation, [wanted.column]),
         filter=wanted.filter,
-        with_row_address=True,
+        with_row_id=True,
         batch_size=_BLOCK_ROWS,
     )
     for batch in scanner.to_batches():
         vectors_BD, usable_B, there_B = unit_rows(batch.column(wanted.column), dim)
-        address_B = batch.column("_rowaddr").to_numpy()
+        address_B = batch.column("_rowid").to_numpy()
         if wanted.need:
             unusable.nan.append(address_B[there_B & ~usable_B])
             unusable.null.append(address_B[~there_B])
@@ -197,9 +198,14 @@ def _filled(relation: Relation, wanted: Wanted, best: _Best, unusable: _Unusable
         more += [(query, nan[:most]) for query in np.flatnonzero((counts >= wanted.need) & usable_Q).tolist()]
     if not usable_Q.all():
         assert relation.dataset is not None
-        any_rows = relation.dataset.to_table(columns=[], filter=wanted.filter, limit=most, with_row_address=True)
-        address = any_rows["_rowaddr"].to_numpy().astype(np.uint64)
+        any_rows = relation.dataset.to_table(columns=[], filter=wanted.filter, limit=most, with_row_id=True)
+        address = any_rows["_rowid"].to_numpy().astype(np.uint64)
         more += [(query, address) for query in np.flatnonzero(~usable_Q).tolist()]
+    if sum(len(found) for _, found in more) > _MOST_PAIRS:
+        raise QueryError(
+            f"rows without a vector make more than {_MOST_PAIRS:,} pairs",
+            next=f"Leave them out: WHERE {wanted.column} IS NOT NULL, on both sides",
+        )
     query_P = np.concatenate([best.query, *(np.full(len(found), query) for query, found in more)])
     return Pairs(query_P, np.concatenate([best.address, *(found for _, found in more)]), True)
 
@@ -214,7 +220,7 @@ class _Indexed:
 def _by_index(relation: Relation, wanted: Wanted, queries_QD: np.ndarray, setting: Setting) -> _Indexed:
     """complete_Q: which vectors got all they need."""
     rows, total = relation.count(wanted.filter), relation.count()
-    trusted = wanted.need or 2 * _BATCH // 8
+    trusted = wanted.need or _FIRST
     query, address, complete_Q = [], [], np.zeros(len(queries_QD), bool)
     for start in range(0, len(queries_QD), _BATCH):
         some = np.arange(start, min(start + _BATCH, len(queries_QD)))
@@ -256,10 +262,10 @@ def _searched(
     query |= {"minimum_nprobes": nprobes} | ({} if wanted.filter else {"maximum_nprobes": nprobes})
     columns = {**projection(relation, [wanted.column]), "_distance": "_distance", "query_index": "query_index"}
     found = relation.dataset.to_table(
-        columns=columns, nearest=query, filter=wanted.filter, prefilter=True, with_row_address=True
+        columns=columns, nearest=query, filter=wanted.filter, prefilter=True, with_row_id=True
     )
     vectors_ND, usable_N, _ = unit_rows(found[wanted.column], queries_QD.shape[1])
-    number_N, address_N = found["query_index"].to_numpy(), found["_rowaddr"].to_numpy()
+    number_N, address_N = found["query_index"].to_numpy(), found["_rowid"].to_numpy()
     similar_N = np.einsum("nd,nd->n", vectors_ND, queries_QD[number_N])
     picks = [np.flatnonzero((number_N == query) & usable_N) for query in range(len(queries_QD))]
     return [(address_N[pick].astype(np.uint64), similar_N[pick]) for pick in picks]

@@ -56,11 +56,11 @@ def prepare(tree: exp.Query, params: Params, relations: Relations, engine: Engin
     classifiers = classification.expand(analysis, bound)
     rewritten = relevance.measured(rewrite(analysis, bound), curves)
     reads = plan_reads(analysis, rewritten)
-    near = with_neighbours(analysis, rewritten, reads)
-    reads = tuple(_beside(read, near) for read in reads)
-    check_crossings(analysis, rewritten, reads)
     planned = {read.reference.name: text_search.plan(analysis, rewritten, read, texts) for read in reads}
     plans = {name: text for name, text in planned.items() if text is not None}
+    near = with_neighbours(analysis, rewritten, [read for read in reads if read.reference.name not in plans])
+    reads = tuple(_beside(read, near) for read in reads)
+    check_crossings(analysis, rewritten, reads)
     for read in reads:
         node, alias = read.reference.node, exp.to_identifier(read.reference.alias, quoted=True)
         node.set("this", exp.to_identifier(read.reference.name, quoted=True))

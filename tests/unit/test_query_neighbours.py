@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -11,8 +12,9 @@ import pyarrow as pa
 import pytest
 
 from conjoin.pipeline import index, store
+from conjoin.pipeline.embedder import load
 from conjoin.pipeline.errors import QueryError
-from conjoin.pipeline.query import Table, open_table, pairs
+from conjoin.pipeline.query import Table, open_table, pairs, prepared
 
 NUM_ROWS, DIM = 600, 8
 COLUMNS = "a.id AS a, n.id AS b, n.d"
@@ -149,6 +151,55 @@ def test_rows_that_no_index_holds_leave_it_to_a_product(indexed: Any, monkeypatc
     )
     assert table.sql(sql).to_pylist()[0]["n"] >= 20
     assert by_index == []
+
+
+def test_rows_are_found_where_lance_keeps_stable_ids(made_stable: str) -> None:
+    """Addresses of such a table are not what Lance takes rows by."""
+    found = open_table(made_stable, None).sql(
+        "SELECT a.id AS a, n.id AS b FROM things a, LATERAL (SELECT b.id FROM things b "
+        "ORDER BY distance(b.image_vec, a.image_vec) LIMIT 1) n"
+    )
+    assert [row["a"] == row["b"] for row in found] == [True] * 40
+
+
+@pytest.fixture
+def made_stable(make_table: Callable[..., Any], tmp_path: Path) -> str:
+    rows = make_table(60, dim=DIM).rows
+    uri = f"{tmp_path}/stable/things.lance"
+    dataset = lance.write_dataset(rows, uri, max_rows_per_file=25, enable_stable_row_ids=True)
+    dataset.delete("stock < 20")
+    dataset.optimize.compact_files()
+    return uri
+
+
+def test_values_of_a_query_are_looked_for_at_once(
+    make_table: Callable[..., Any], tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load(str(tiny_encoder))
+    uri = make_table(50, dim=8, fingerprint=encoder.fingerprint, encoder=str(tiny_encoder)).uri
+    table = open_table(uri)
+    sql = (
+        "WITH words AS (SELECT unnest(['red apple', 'dog', NULL]) AS w) SELECT words.w, n.id, n.d FROM words, LATERAL "
+        "(SELECT id, distance(image_vec, text(words.w)) AS d FROM things ORDER BY d, id LIMIT 3) n ORDER BY ALL"
+    )
+    assert "batched nearest-neighbour search" in str(table.explain(sql))
+    found = table.sql(sql).to_pylist()
+    monkeypatch.setattr(prepared, "with_neighbours", lambda *_: {})
+    expected = table.sql(f"{sql}  ").to_pylist()
+    assert [(row["w"], row["id"]) for row in found] == [(row["w"], row["id"]) for row in expected]
+    assert len(found) == 9
+
+
+def test_rows_without_vectors_that_make_too_many_pairs_are_refused(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs, "_MOST_PAIRS", 15_000)
+    sql = (
+        "SELECT count(*) FROM things a, LATERAL (SELECT id FROM things b "
+        "ORDER BY distance(b.image_vec, a.image_vec), id LIMIT 2) n"
+    )
+    with pytest.raises(QueryError, match=r"rows without a vector make more than 15,000 pairs.*IS NOT NULL"):
+        table.sql(sql)
 
 
 def test_more_pairs_than_fit_are_refused(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
