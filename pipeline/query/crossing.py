@@ -1,7 +1,8 @@
 """A cross join of large tables is refused before it starts, with an estimate of what it would cost.
 
 Assumes: tables that an equality joins, or whose neighbours are searched for (neighbours.py), do not multiply; a plain
-LIMIT without an order ends a cross join early. Sizes of subqueries and table functions are not known and count as one.
+LIMIT without an order ends a cross join early. A LATERAL subquery that looks at the rows beside it multiplies with them
+whatever its LIMIT. Sizes of other subqueries and table functions are not known and count as one.
 """
 
 from __future__ import annotations
@@ -28,13 +29,17 @@ def check_crossings(analysis: Analysis, rewritten: Rewritten, reads: Sequence[Re
     by_reference = {id(read.reference): read for read in reads}
     for scope in analysis.scopes:
         select = scope.expression
-        if not isinstance(select, exp.Select) or not select.args.get("joins") or _ends_early(select):
+        if not isinstance(select, exp.Select) or not select.args.get("joins"):
             continue
         given = {alias: source for alias, source in analysis.sources(scope).items() if isinstance(source, Reference)}
+        inner = _correlated(analysis, select)
+        if _ends_early(select) and not any(inner.values()):
+            continue
+        given = {alias: source for sources in inner.values() for alias, source in sources.items()} | given
         own = {
             alias: by_reference[id(source)] for alias, source in given.items() if by_reference[id(source)].near is None
         }
-        groups = _groups(select, given)
+        groups = _groups([select, *inner], given)
         with_distance = any(id(node) in rewritten.pairs for node in select.find_all(exp.Anonymous, exp.Sub))
         most, rate = (_MOST_DISTANCES, _DISTANCES_PER_S) if with_distance else (_MOST_PAIRS, _PAIRS_PER_S)
         if math.prod(_largest(own, groups, filtered=False)) <= most:
@@ -43,9 +48,11 @@ def check_crossings(analysis: Analysis, rewritten: Rewritten, reads: Sequence[Re
         pairs = math.prod(sizes)
         if pairs > most:
             names, product = ", ".join(sorted(own)), " x ".join(f"{size:,}" for size in sizes if size > 1)
+            advice = "Join them on a column, bound their distance, or add a LIMIT without ORDER BY"
+            if any(inner.values()):
+                advice = "Narrow either side with WHERE, or leave out the condition on the rows beside the subquery"
             raise QueryError(
-                f"{names}: {product} rows make {pairs:.1g} pairs, {_duration(pairs / rate)} on two cores",
-                next="Join them on a column, bound their distance, or add a LIMIT without ORDER BY",
+                f"{names}: {product} rows make {pairs:.1g} pairs, {_duration(pairs / rate)} on two cores", next=advice
             )
 
 
@@ -56,7 +63,19 @@ def _ends_early(select: exp.Select) -> bool:
     return plain and select.args.get("limit") is not None
 
 
-def _groups(select: exp.Select, given: Mapping[str, Reference]) -> dict[str, str]:
+def _correlated(analysis: Analysis, select: exp.Select) -> dict[exp.Select, dict[str, Reference]]:
+    """The subqueries joined to it that look at the rows beside them, with their tables by alias."""
+    joined = [id(join.this.find(exp.Select)) for join in select.args["joins"]]
+    return {
+        scope.expression: {
+            alias: source for alias, source in analysis.sources(scope).items() if isinstance(source, Reference)
+        }
+        for scope in analysis.scopes
+        if isinstance(scope.expression, exp.Select) and id(scope.expression) in joined and scope.external_columns
+    }
+
+
+def _groups(selects: Sequence[exp.Select], given: Mapping[str, Reference]) -> dict[str, str]:
     """One name for all aliases that equalities join."""
     leader = {alias: alias for alias in given}
 
@@ -66,12 +85,14 @@ def _groups(select: exp.Select, given: Mapping[str, Reference]) -> dict[str, str
             if name in names:
                 leader[alias] = min(names)
 
-    where = select.args.get("where")
-    parts = list(conjuncts(where.this if where else None))
-    for clause in select.args["joins"]:
-        parts += conjuncts(clause.args.get("on"))
-        if clause.args.get("using") or clause.method:
-            join(list(given))
+    parts: list[exp.Expr] = []
+    for select in selects:
+        where = select.args.get("where")
+        parts += conjuncts(where.this if where else None)
+        for clause in select.args.get("joins") or []:
+            parts += conjuncts(clause.args.get("on"))
+            if clause.args.get("using") or clause.method:
+                join(list(given))
     for part in parts:
         if isinstance(part.unnest(), exp.EQ | exp.NullSafeEQ):
             join([alias for column in part.find_all(exp.Column) for alias in _aliases(column, given)])
