@@ -24,6 +24,7 @@ MALLOC_ENV = {
 }
 _PASSED_ON = ("AWS_", "HF_", "CONJOIN_")
 _OBJECT_STORE_BYTES = 2 << 30
+_started_here = False
 
 
 def start(address: str | None = None) -> None:
@@ -31,6 +32,7 @@ def start(address: str | None = None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    global _started_here
     if ray.is_initialized():
         return
     passed = {key: value for key, value in os.environ.items() if key.startswith(_PASSED_ON)}
@@ -46,6 +48,7 @@ def start(address: str | None = None) -> None:
             logging_level="ERROR",
             **options,
         )
+    _started_here = not address
     # Ray's handler exits without a word; one that its caller has set knows what to say.
     if callable(before) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)
@@ -81,6 +84,13 @@ def data_settings() -> Iterator[None]:
             setattr(context, name, value)
         for handler, level in zip(consoles, levels, strict=True):
             handler.setLevel(level)
+
+
+def started_here() -> bool:
+    """Whether Ray is this process's own: on this machine, without a dashboard, gone when the process is."""
+    import ray
+
+    return _started_here and ray.is_initialized()
 
 
 def num_cpus() -> int:
