@@ -8,7 +8,7 @@ demo: .venv/ready .venv/models
 	$(BIN)/conjoin demo
 
 test: .venv/ready .venv/models lint
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/ready .venv/models
 	$(BIN)/python -m pytest tests -m slow
