@@ -60,11 +60,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Milliseconds: query vectors, searches and their growth, DuckDB's own work (with the scans it pulls)."""
+    """Milliseconds: query vectors, searches and their growth, the finish (DuckDB with the scans it pulls)."""
 
     embed_ms: float
     search_ms: float
-    duckdb_ms: float
+    finish_ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Explanation:
         return [
             *found.read,
             f"{found.num_rows:,} rows; query vectors {times.embed_ms:.1f} ms, search {times.search_ms:.1f} ms, "
-            f"DuckDB {times.duckdb_ms:.1f} ms",
+            f"finishing {times.finish_ms:.1f} ms",
             f"recall of this query against its exact answer: {found.recall:.4g}",
         ]
 
@@ -224,7 +224,7 @@ class Clock:
         self._laps[stage], self._last = (now - self._last) * 1000, now
 
     def times(self) -> Times:
-        return Times(*(self._laps.get(stage, 0.0) for stage in ("embed", "search", "duckdb")))
+        return Times(*(self._laps.get(stage, 0.0) for stage in ("embed", "search", "finish")))
 
 
 def recall_of_distances(found: np.ndarray | None, exact: np.ndarray | None) -> float | None:

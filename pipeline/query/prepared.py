@@ -21,6 +21,7 @@ from conjoin.pipeline.query.parameters import Params, bind
 from conjoin.pipeline.query.parse import DIALECT
 from conjoin.pipeline.query.planner import Read, plan_reads
 from conjoin.pipeline.query.questions import Question, outcome
+from conjoin.pipeline.query.ranked import Ranked, ranked
 from conjoin.pipeline.query.tables import Relations
 from conjoin.pipeline.query.text_search import TextPlan
 from conjoin.pipeline.query.versions import name_versions
@@ -32,7 +33,8 @@ class Prepared:
 
     questions: what the plan may ask DuckDB, by table and number of the key set, -1 for the outcome of a growth, -2 for
     the vectors that neighbours are looked for; texts: what the full-text index does for a read, by its name in DuckDB;
-    repeatable: it holds nothing that may change while its tables do not, and nothing that only one answer can use.
+    repeatable: it holds nothing that may change while its tables do not, and nothing that only one answer can use;
+    ranked: a search so plain that its rows need only be put in order.
     """
 
     tree: exp.Query
@@ -45,6 +47,7 @@ class Prepared:
     texts: Mapping[str, TextPlan]
     classifiers: tuple[Classifier, ...]
     repeatable: bool
+    ranked: Ranked | None
 
 
 def prepare(tree: exp.Query, params: Params, relations: Relations, engine: Engine) -> Prepared:
@@ -78,7 +81,8 @@ def prepare(tree: exp.Query, params: Params, relations: Relations, engine: Engin
     versions = {name: int(dataset.version) for name, dataset in pinned.items() if dataset is not None}
     sums = any(wanted.kind == "sum" for wanted in rewritten.wanted)  # of parameters too
     repeatable = not (others or curves or plans or classifiers or rewritten.embedded or sums)
-    return Prepared(tree, sql, bound, reads, rewritten, versions, questions, plans, classifiers, repeatable)
+    plain = None if curves or plans or classifiers or rewritten.embedded else ranked(tree, reads, rewritten)
+    return Prepared(tree, sql, bound, reads, rewritten, versions, questions, plans, classifiers, repeatable, plain)
 
 
 def _beside(read: Read, near: Mapping[str, Near]) -> Read:

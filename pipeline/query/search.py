@@ -19,6 +19,7 @@ from conjoin.pipeline.query.planner import LARGEST_K
 from conjoin.pipeline.query.relations import projection
 
 if TYPE_CHECKING:
+    from conjoin.pipeline.query.functions import Measure
     from conjoin.pipeline.query.planner import Read
 
 # Rows x dimensions that a scan delivers to DuckDB within a few milliseconds (1,000 rows of 256: 8 ms on two cores).
@@ -83,7 +84,7 @@ def choose(read: Read, settings: Mapping[str, Setting]) -> Choice:
     total, rows = (read.reference.relation.count(condition) for condition in (None, read.filter))
     setting = settings.get(measure.column.name)
     wanted = _first_size(read, exact=setting is None)
-    if rows * measure.column.dim <= _SCAN_FLOATS or wanted + _SLACK >= rows:
+    if _are_few(rows, measure) or wanted + _SLACK >= rows:
         return Choice("scan", rows, total)
     if setting is None or wanted * setting.refine >= rows:
         return Choice("exact", rows, total, wanted, None, read.filter is not None)
@@ -97,15 +98,21 @@ def _first_size(read: Read, *, exact: bool) -> int:
     return max(2 * need, _GROWING_EXACT if exact else _GROWING)
 
 
-def scan(read: Read) -> object:
-    """What DuckDB reads for this reference: a re-readable Lance scanner, or the frame."""
+def scan(read: Read, choice: Choice | None = None) -> object:
+    """What DuckDB reads for this reference: a re-readable Lance scanner, or the frame; the rows where they are few."""
     relation = read.reference.relation
     if relation.dataset is None:
         assert relation.frame is not None
         if isinstance(relation.frame, pa.Table):
             return relation.frame.select(list(read.columns))
         return relation.frame if relation.filters else relation.frame.scanner(columns=list(read.columns))
-    return relation.dataset.scanner(columns=projection(relation, read.columns), filter=read.filter)
+    scanner = relation.dataset.scanner(columns=projection(relation, read.columns), filter=read.filter)
+    few = choice is not None and read.top is not None and _are_few(choice.rows, read.top.measure)
+    return scanner.to_table() if few else scanner
+
+
+def _are_few(rows: int, measure: Measure) -> bool:
+    return rows * measure.column.dim <= _SCAN_FLOATS
 
 
 def candidates(read: Read, choice: Choice, vector: np.ndarray) -> pa.Table | None:

@@ -101,7 +101,7 @@ class Sources:
         read, keys = self._narrowed(read)
         choice = choose(read, self._settings(read.reference.relation) if read.measure else {})
         found = None if choice.way == "scan" else self._search(read, choice)
-        self.by_name[name] = scan(read) if found is None else found
+        self.by_name[name] = scan(read, choice) if found is None else found
         rows = None if found is None else found.num_rows
         self.gathered[name] = Gathered(read, choice, keys, rows, found is not None)
 

@@ -18,7 +18,7 @@ from sqlglot import exp
 from conjoin.pipeline import store
 from conjoin.pipeline.errors import QueryError, TableError
 from conjoin.pipeline.index import Setting, settings
-from conjoin.pipeline.query import text_search
+from conjoin.pipeline.query import ranked, text_search
 from conjoin.pipeline.query.effort import DEFAULT, EXACT, Effort, wanted_effort
 from conjoin.pipeline.query.execute import Engine
 from conjoin.pipeline.query.explanation import (
@@ -254,8 +254,10 @@ class Table:
                 sources.put(read.reference.name, found.rows)
         sources.gather()
         clock.lap("search")
-        answer = self._engine.run(prepared.sql, values, sources.by_name, functions)
-        clock.lap("duckdb")
+        answer = _ranked(prepared, sources, vectors)
+        if answer is None:
+            answer = self._engine.run(prepared.sql, values, sources.by_name, functions)
+        clock.lap("finish")
         return _Answer(Result(answer, prepared.versions), prepared, sources, clock.times())
 
     def _prepare(self, tree: exp.Query, params: Params, frames: Mapping[str, object]) -> Prepared:
@@ -318,6 +320,14 @@ class Table:
             return None if choice.way == "scan" else candidates(wider, choice, vectors[top.measure.wanted.name])
 
         return text_search.search(read, planned, nearest)
+
+
+def _ranked(prepared: Prepared, sources: Sources, vectors: Mapping[str, np.ndarray]) -> pa.Table | None:
+    """The answer where found rows need only be put in order."""
+    if (asked := prepared.ranked) is None:
+        return None
+    rows = sources.by_name[asked.name]
+    return ranked.answer(asked, rows, vectors[asked.measure.wanted.name]) if isinstance(rows, pa.Table) else None
 
 
 def open_table(

@@ -62,7 +62,7 @@ def test_analyze_measures(things: Any) -> None:
     told = things.explained(TOP, analyze=True)
     assert told.measured.num_rows == 5
     assert told.measured.times.search_ms > 0
-    assert told.measured.times.duckdb_ms > 0
+    assert told.measured.times.finish_ms > 0
     assert 0.8 <= told.measured.recall <= 1
     data = json.loads(told.to_json())
     assert data["format"] == 1
