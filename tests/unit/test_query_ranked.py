@@ -44,7 +44,7 @@ def both(table: Table, sql: str, monkeypatch: pytest.MonkeyPatch) -> tuple[pa.Ta
     [
         f"SELECT id, {DISTANCE} AS d FROM things ORDER BY d LIMIT 7",
         f"SELECT id, {DISTANCE} FROM things ORDER BY 2 LIMIT 7 OFFSET 3",
-        f"SELECT t.id AS k, price, similarity(image_vec, $v) AS s FROM things t ORDER BY s DESC LIMIT 5",
+        "SELECT t.id AS k, price, similarity(image_vec, $v) AS s FROM things t ORDER BY s DESC LIMIT 5",
         f"SELECT {DISTANCE} AS d, similarity(image_vec, $v) AS s FROM things ORDER BY {DISTANCE} LIMIT 5",
         f"SELECT id FROM things WHERE stock < 40 AND price > 1 ORDER BY {DISTANCE} LIMIT 10",
         f"SELECT id, id AS again FROM things WHERE stock < 0 ORDER BY {DISTANCE} LIMIT 10",
