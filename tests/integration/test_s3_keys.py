@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +19,13 @@ from conjoin.pipeline.errors import StorageError
 # What `credential_process` runs: the newest token, which is about to run out, so that nobody keeps it for long.
 # A shell, since it is asked before every request.
 PRINTS = """
-at=$(date -u -d '+1 second' +%Y-%m-%dT%H:%M:%SZ 2>/dev/null || date -u -v+1S +%Y-%m-%dT%H:%M:%SZ)
+at=$(date -u -d '+3 seconds' +%Y-%m-%dT%H:%M:%SZ 2>/dev/null || date -u -v+3S +%Y-%m-%dT%H:%M:%SZ)
 printf '{"Version": 1, "AccessKeyId": "testing", "SecretAccessKey": "testing", '
 printf '"SessionToken": "%s", "Expiration": "%s"}' "$(cat "$1")" "$at"
 """
+
+
+_LEAST_S = 3.0  # a token says that it lasts so long, and whoever asked for it keeps it
 
 
 @dataclass
@@ -30,12 +35,17 @@ class Tokens:
     file: Path
     good: set[str] = field(default_factory=set)
     number: int = 0
+    at: float = -math.inf
 
     def renew(self) -> None:
-        self.number += 1
+        if time.monotonic() - self.at < _LEAST_S:
+            return
+        self.number, self.at = self.number + 1, time.monotonic()
         self.good.add(f"token-{self.number}")
         self.good.discard(f"token-{self.number - 3}")
-        self.file.write_text(f"token-{self.number}")
+        fresh = self.file.with_suffix(".fresh")
+        fresh.write_text(f"token-{self.number}")
+        fresh.replace(self.file)
 
 
 @pytest.fixture
