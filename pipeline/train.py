@@ -202,6 +202,7 @@ def _fit(
 
     from conjoin.pipeline.rank import Job, Sink, work
 
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon an end is noticed
     sink = ray.remote(num_cpus=0)(Sink).remote()
     warn = partial(symptom, loss=recipe.loss)
     log = Log(folder, lambda: ray.get(sink.drain.remote()), recipe, progress, warn)
@@ -238,7 +239,6 @@ def _trainer_class() -> type[TorchTrainer]:
 
     from conjoin.pipeline import workers
 
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon an end is noticed
     if not workers.started_here():
         return TorchTrainer
 

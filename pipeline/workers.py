@@ -24,7 +24,7 @@ MALLOC_ENV = {
 }
 _PASSED_ON = ("AWS_", "HF_", "CONJOIN_")
 _OBJECT_STORE_BYTES = 2 << 30
-_started_here = False
+_started = ""  # address of the Ray that this process started
 
 
 def start(address: str | None = None) -> None:
@@ -32,7 +32,7 @@ def start(address: str | None = None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    global _started_here
+    global _started
     if ray.is_initialized():
         return
     passed = {key: value for key, value in os.environ.items() if key.startswith(_PASSED_ON)}
@@ -48,7 +48,7 @@ def start(address: str | None = None) -> None:
             logging_level="ERROR",
             **options,
         )
-    _started_here = not address
+    _started = "" if address else ray.get_runtime_context().gcs_address
     # Ray's handler exits without a word; one that its caller has set knows what to say.
     if callable(before) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)
@@ -90,7 +90,7 @@ def started_here() -> bool:
     """Whether Ray is this process's own: on this machine, without a dashboard, gone when the process is."""
     import ray
 
-    return _started_here and ray.is_initialized()
+    return bool(_started) and ray.is_initialized() and ray.get_runtime_context().gcs_address == _started
 
 
 def num_cpus() -> int:

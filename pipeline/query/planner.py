@@ -1,7 +1,8 @@
 """From a resolved query to what is read from Lance: a scan per table, or the nearest candidates for a top-k.
 
-Assumes: whatever is read, DuckDB evaluates the whole query on it: filters that are pushed down are evaluated again,
-and ORDER BY and LIMIT see exact distances. So a plan decides speed, and a top-k plan must deliver enough candidates.
+Assumes: whatever is read, DuckDB evaluates the whole query on it (but the plainest search, ranked.py): filters that are
+pushed down are evaluated again, and ORDER BY and LIMIT see exact distances. So a plan decides speed, and a top-k plan
+must deliver enough candidates.
 """
 
 from __future__ import annotations

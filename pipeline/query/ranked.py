@@ -16,6 +16,7 @@ from sqlglot import exp
 
 from conjoin.pipeline.query.functions import Measure, Rewritten
 from conjoin.pipeline.query.planner import Read, count_of
+from conjoin.pipeline.query.search import distances
 
 # Types that DuckDB gives back as they are.
 _SAME = (
@@ -77,15 +78,11 @@ def answer(asked: Ranked, rows: pa.Table, vector: np.ndarray) -> pa.Table | None
 
     rows: (N) candidates with the vector column; vector: (D,) float32 of unit length.
     """
-    column = rows.column(asked.measure.column.name).combine_chunks()
-    if column.null_count:
+    column = rows.column(asked.measure.column.name)
+    distance_N = distances(column, vector)
+    if column.null_count or not np.isfinite(distance_N).all():
         return None
-    stored_ND = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), len(vector)).astype(np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        cosine_N = stored_ND @ vector / (np.sqrt(np.einsum("nd,nd->n", stored_ND, stored_ND)) * np.linalg.norm(vector))
-    if not np.isfinite(cosine_N).all():
-        return None
-    distance_N = (1.0 - np.clip(cosine_N, -1.0, 1.0)).astype(np.float32)
+    distance_N = distance_N.clip(0, 2)  # rounding
     best = np.argsort(distance_N, kind="stable")[asked.offset : asked.offset + asked.limit]
     taken = pa.array(best)
     arrays = []

@@ -19,11 +19,11 @@ from conjoin.pipeline.query.planner import LARGEST_K
 from conjoin.pipeline.query.relations import projection
 
 if TYPE_CHECKING:
-    from conjoin.pipeline.query.functions import Measure
     from conjoin.pipeline.query.planner import Read
 
 # Rows x dimensions that a scan delivers to DuckDB within a few milliseconds (1,000 rows of 256: 8 ms on two cores).
 _SCAN_FLOATS = 256_000
+_FEW_ROWS = 1_000  # of a scan that are held at once: they may have pictures
 _SLACK = 16  # further candidates of an exact search, for ties at the last rank
 _TIE = 1e-6  # distances of equal vectors differ by rounding only
 _HALF_ERROR = 1e-3  # Lance's distances of half floats against those of the same numbers as floats; seen: 7e-5 at 64
@@ -84,7 +84,7 @@ def choose(read: Read, settings: Mapping[str, Setting]) -> Choice:
     total, rows = (read.reference.relation.count(condition) for condition in (None, read.filter))
     setting = settings.get(measure.column.name)
     wanted = _first_size(read, exact=setting is None)
-    if _are_few(rows, measure) or wanted + _SLACK >= rows:
+    if rows * measure.column.dim <= _SCAN_FLOATS or wanted + _SLACK >= rows:
         return Choice("scan", rows, total)
     if setting is None or wanted * setting.refine >= rows:
         return Choice("exact", rows, total, wanted, None, read.filter is not None)
@@ -107,12 +107,8 @@ def scan(read: Read, choice: Choice | None = None) -> object:
             return relation.frame.select(list(read.columns))
         return relation.frame if relation.filters else relation.frame.scanner(columns=list(read.columns))
     scanner = relation.dataset.scanner(columns=projection(relation, read.columns), filter=read.filter)
-    few = choice is not None and read.top is not None and _are_few(choice.rows, read.top.measure)
+    few = choice is not None and read.top is not None and choice.rows <= _FEW_ROWS
     return scanner.to_table() if few else scanner
-
-
-def _are_few(rows: int, measure: Measure) -> bool:
-    return rows * measure.column.dim <= _SCAN_FLOATS
 
 
 def candidates(read: Read, choice: Choice, vector: np.ndarray) -> pa.Table | None:
@@ -210,10 +206,15 @@ def _search(read: Read, choice: Choice, vector: np.ndarray, *, bounded: bool) ->
 def _distances(read: Read, found: pa.Table, vector: np.ndarray) -> np.ndarray:
     """Exact cosine distances of the rows that have a vector, sorted, NaN last."""
     assert read.measure is not None
-    column = found.column(read.measure.column.name).combine_chunks().drop_null()
-    stored = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), len(vector)).astype(np.float32)
+    return np.sort(distances(found.column(read.measure.column.name), vector))
+
+
+def distances(column: pa.ChunkedArray, vector: np.ndarray) -> np.ndarray:
+    """Exact cosine distances to a unit vector, (N,) float32, of those that are not null; NaN for zeros."""
+    there = column.combine_chunks().drop_null()
+    stored_ND = there.flatten().to_numpy(zero_copy_only=False).reshape(len(there), len(vector)).astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.sort(1.0 - stored @ vector / np.linalg.norm(stored, axis=1))
+        return 1.0 - stored_ND @ vector / np.linalg.norm(stored_ND, axis=1)
 
 
 def _is_half(read: Read) -> bool:
