@@ -59,7 +59,9 @@ class Loop:
         self.forward, self.objective, self.folder, self.callbacks = forward, objective, folder, callbacks
         self.raws = tuple(Raw(n, spec) for n, spec in encoder.spec.towers.items() if n not in data.features)
         self.trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(optimizer.parameter_groups(encoder, recipe), lr=recipe.lr)
+        groups = optimizer.parameter_groups(encoder, recipe)
+        # One pass over memory; it takes no mixture of spread and whole parameters.
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=not place.sharded)
         self.ema = optimizer.Ema(self.trained, recipe.ema) if recipe.ema else None
         self.order = Order(data.train.reading, recipe.global_batch_size, recipe.seed, weights=data.train.weights)
         self.total = max(1, round(recipe.epochs * self.order.steps_per_epoch))
