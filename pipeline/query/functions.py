@@ -206,6 +206,9 @@ def _want(left: _Side, right: _Side, wanted: list[Wanted]) -> Wanted:
     assert right.kind is not None
     for known in wanted:
         same = known.relation is left.reference.relation and known.column == left.column
+        # A plan may serve again with other values of its parameters, equal ones where these are: never one that is
+        # equal by chance to what the query says itself.
+        same = same and (known.parameter is None) == (right.parameter is None)
         if same and (known.kind, known.value) == (right.kind, right.value):
             return known
     name, relation = f"__v{len(wanted)}", left.reference.relation

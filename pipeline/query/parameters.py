@@ -1,4 +1,5 @@
-"""Values bound into the syntax tree: `?`, `$1` and `$name` become literals, lists and bytes stay behind their names.
+"""Values bound into the syntax tree: `?`, `$1` and `$name` become literals; lists, bytes and words to look for stay
+behind their names.
 
 Assumes: text never becomes SQL: a bound string is a literal node, whatever it contains.
 """
@@ -13,31 +14,49 @@ from collections.abc import Mapping, Sequence
 from sqlglot import exp
 
 from conjoin.pipeline.errors import QueryError
+from conjoin.pipeline.query.parse import function_name
 
+# Which argument of a function is words, that decide nothing but the vector or the scores that are made of them.
+_WORDS = {("text", 0), ("bm25", 1), ("hybrid", 2)}
 Params = Mapping[str, object] | Sequence[object] | None
 
 
 def bind(tree: exp.Query, params: Params) -> dict[str, object]:
-    """Put scalars into the tree itself; returns {placeholder name: value} of what stays a parameter (lists, bytes).
+    """Put scalars into the tree itself; returns {placeholder name: value} of what stays one: lists, bytes, words.
 
     Raises QueryError for a missing, unused or unsupported parameter.
     """
     given = by_name(params)
+    kept = words_of(tree, given)
     rest: dict[str, object] = {}
     nodes = list(tree.find_all(exp.Placeholder))
     for node in nodes:
         if node.name not in given:
             raise QueryError(f"no value for the parameter ${node.name}", next=_known(given))
         value = given[node.name]
-        literal = _literal(value)
+        literal = None if node.name in kept else _literal(value)
         if literal is not None:
             node.replace(literal)
+        elif node.name in kept:
+            rest[f"p{node.name}"] = value
+            node.replace(exp.Placeholder(this=f"p{node.name}"))
         else:
             rest[f"p{node.name}"] = plain_value(value, node.name)
             node.replace(exp.Placeholder(this=f"p{node.name}"))
     if unused := sorted(set(given) - {node.name for node in nodes}):
         raise QueryError(f"the parameter {unused[0]!r} is not in the query")
     return rest
+
+
+def words_of(tree: exp.Query, given: Mapping[str, object]) -> frozenset[str]:
+    """Parameters that are texts and stand only where words to look for do."""
+    words = {name for name, value in given.items() if isinstance(value, str)}
+    for node in tree.find_all(exp.Placeholder):
+        parent = node.parent
+        function = function_name(parent) if isinstance(parent, exp.Anonymous) else ""
+        if node.name in words and (function, node.index) not in _WORDS:
+            words.remove(node.name)
+    return frozenset(words)
 
 
 def by_name(params: Params) -> dict[str, object]:

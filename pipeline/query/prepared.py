@@ -17,7 +17,7 @@ from conjoin.pipeline.query.crossing import check_crossings
 from conjoin.pipeline.query.execute import Engine
 from conjoin.pipeline.query.functions import Rewritten, rewrite
 from conjoin.pipeline.query.neighbours import Near, with_neighbours
-from conjoin.pipeline.query.parameters import Params, bind
+from conjoin.pipeline.query.parameters import Params, bind, by_name, words_of
 from conjoin.pipeline.query.parse import DIALECT
 from conjoin.pipeline.query.planner import Read, plan_reads
 from conjoin.pipeline.query.questions import Question, outcome
@@ -34,7 +34,7 @@ class Prepared:
     questions: what the plan may ask DuckDB, by table and number of the key set, -1 for the outcome of a growth, -2 for
     the vectors that neighbours are looked for; texts: what the full-text index does for a read, by its name in DuckDB;
     repeatable: it holds nothing that may change while its tables do not, and nothing that only one answer can use;
-    ranked: a search so plain that its rows need only be put in order.
+    words: parameters that are words to look for; ranked: a search so plain that its rows need only be put in order.
     """
 
     tree: exp.Query
@@ -47,15 +47,17 @@ class Prepared:
     texts: Mapping[str, TextPlan]
     classifiers: tuple[Classifier, ...]
     repeatable: bool
+    words: frozenset[str]
     ranked: Ranked | None
 
 
 def prepare(tree: exp.Query, params: Params, relations: Relations, engine: Engine) -> Prepared:
     """Bind, resolve, plan and check a query; its tree is changed. Raises QueryError."""
+    words = words_of(tree, by_name(params))
     bound = bind(tree, params)
     others = name_versions(tree, relations)
     analysis = analyse(tree, relations.joined(others))
-    curves, texts = relevance.expand(analysis), text_search.expand(analysis)
+    curves, texts = relevance.expand(analysis), text_search.expand(analysis, bound)
     classifiers = classification.expand(analysis, bound)
     rewritten = relevance.measured(rewrite(analysis, bound), curves)
     reads = plan_reads(analysis, rewritten)
@@ -80,9 +82,11 @@ def prepare(tree: exp.Query, params: Params, relations: Relations, engine: Engin
     pinned = {r.reference.relation.name: r.reference.relation.dataset for r in reads}
     versions = {name: int(dataset.version) for name, dataset in pinned.items() if dataset is not None}
     sums = any(wanted.kind == "sum" for wanted in rewritten.wanted)  # of parameters too
-    repeatable = not (others or curves or plans or classifiers or rewritten.embedded or sums)
+    repeatable = not (others or curves or classifiers or rewritten.embedded or sums)
     plain = None if curves or plans or classifiers or rewritten.embedded else ranked(tree, reads, rewritten)
-    return Prepared(tree, sql, bound, reads, rewritten, versions, questions, plans, classifiers, repeatable, plain)
+    return Prepared(
+        tree, sql, bound, reads, rewritten, versions, questions, plans, classifiers, repeatable, words, plain
+    )
 
 
 def _beside(read: Read, near: Mapping[str, Near]) -> Read:

@@ -122,11 +122,11 @@ class Table:
         if frames:
             return self._answer(self._prepare(parse(select), params, frames), effort).result
         dataset = self._current()
-        prepared = self._plans.find(select, params, dataset)
-        if prepared is None:
-            prepared = self._prepare(parse(select), params, frames)
+        prepared = self._plans.find(select, params, dataset) or self._prepare(parse(select), params, frames)
+        try:
+            return self._answer(prepared, effort).result
+        finally:
             self._plans.keep(select, params, dataset, prepared)
-        return self._answer(prepared, effort).result
 
     def tables(self) -> pa.Table:
         """What SQL can name: one row per table, its own first."""

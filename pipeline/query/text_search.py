@@ -8,7 +8,7 @@ without a text NULL.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pyarrow as pa
@@ -40,13 +40,15 @@ _FUSED = (
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """bm25(column, words) of one table. name: the function of the row's id that stands for it in DuckDB."""
+    """bm25(column, words) of one table. name: the function of the row's id that stands for it in DuckDB; parameter:
+    the query's, that the words came from."""
 
     name: str
     reference: Reference
     column: str
     words: str
     id: str
+    parameter: str | None = None
 
     def function(self, scores: Mapping[object, float]) -> Function:
         """scores: by id, of the rows that match."""
@@ -75,10 +77,12 @@ class Texts:
     scores: dict[int, Score] = field(default_factory=dict)
     hybrids: list[Hybrid] = field(default_factory=list)
 
+    def all(self) -> list[Score]:
+        return [*self.scores.values(), *(hybrid.score for hybrid in self.hybrids)]
+
     def of(self, reference: Reference) -> list[Score]:
         """The distinct scores of one table."""
-        found = [*self.scores.values(), *(hybrid.score for hybrid in self.hybrids)]
-        return list({score.name: score for score in found if score.reference is reference}.values())
+        return list({score.name: score for score in self.all() if score.reference is reference}.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,16 @@ class TextPlan:
     fused: tuple[Hybrid, Measure] | None = None
     need: int = 0
     ties: bool = False
+
+    def asked(self, words: Mapping[str, object]) -> TextPlan:
+        """The same for other words, by parameter."""
+        scores = {
+            score.name: score if score.parameter is None else replace(score, words=str(words[score.parameter]))
+            for score in self.scores
+        }
+        matching, best = (score and scores[score.name] for score in (self.matching, self.best))
+        fused = self.fused and (replace(self.fused[0], score=scores[self.fused[0].score.name]), self.fused[1])
+        return replace(self, scores=tuple(scores.values()), matching=matching, best=best, fused=fused)
 
     def explained(self) -> list[str]:
         """Lines for people."""
@@ -118,38 +132,45 @@ class Found:
     functions: tuple[Function, ...]
 
 
-def expand(analysis: Analysis) -> Texts:
-    """Replace bm25(column, words) and hybrid(vectors, column, words) in the tree.
+def expand(analysis: Analysis, bound: dict[str, object]) -> Texts:
+    """Replace bm25(column, words) and hybrid(vectors, column, words) in the tree; takes from `bound` the parameters
+    that are words and stand nowhere else.
 
     Raises QueryError for a column without a full-text index, and for wrong arguments or places.
     """
     texts = Texts()
     calls = {name: [n for n in analysis.tree.find_all(exp.Anonymous) if function_name(n) == name] for name in _NAMES}
+    taken = {p.name for nodes in calls.values() for node in nodes for p in node.find_all(exp.Placeholder)}
     for name, nodes in calls.items():
         name_outputs(nodes)
         for node in nodes:
-            _NAMES[name](analysis, node, texts)
+            _NAMES[name](analysis, bound, node, texts)
+    for name in taken - {placeholder.name for placeholder in analysis.tree.find_all(exp.Placeholder)}:
+        bound.pop(name, None)
     return texts
 
 
-def _bm25(analysis: Analysis, node: exp.Anonymous, texts: Texts) -> None:
+_Bound = Mapping[str, object]
+
+
+def _bm25(analysis: Analysis, bound: _Bound, node: exp.Anonymous, texts: Texts) -> None:
     where = shown(node)
     if len(node.expressions) != 2:
         raise QueryError("bm25() takes a text column and words", where=where)
     column, words = (argument.unnest() for argument in node.expressions)
-    score = _score(analysis, column, words, where, list(texts.scores.values()))
+    score = _score(analysis, bound, column, words, list(texts.scores.values()))
     made = _call(column, score)
     texts.scores[id(made)] = score
     node.replace(made)
 
 
-def _hybrid(analysis: Analysis, node: exp.Anonymous, texts: Texts) -> None:
+def _hybrid(analysis: Analysis, bound: _Bound, node: exp.Anonymous, texts: Texts) -> None:
     where = shown(node)
     if len(node.expressions) not in (3, 4):
         raise QueryError("hybrid() takes a vector column, a text column, words and, if you like, a depth", where=where)
     vector, column, words = (argument.unnest() for argument in node.expressions[:3])
     depth = _depth(node.expressions[3].unnest(), where) if len(node.expressions) == 4 else DEPTH
-    score = _score(analysis, column, words, where, [hybrid.score for hybrid in texts.hybrids])
+    score = _score(analysis, bound, column, words, [hybrid.score for hybrid in texts.hybrids])
     _check_place(node, where)
     made = sqlglot.parse_one(_FUSED.format(depth=depth, k=CONSTANT), read=DIALECT)
     for place in list(made.find_all(exp.Column)):
@@ -158,7 +179,7 @@ def _hybrid(analysis: Analysis, node: exp.Anonymous, texts: Texts) -> None:
     texts.hybrids.append(Hybrid(made.unnest(), score, depth))
 
 
-_NAMES: Mapping[str, Callable[[Analysis, exp.Anonymous, Texts], None]] = {"bm25": _bm25, "hybrid": _hybrid}
+_NAMES: Mapping[str, Callable[[Analysis, _Bound, exp.Anonymous, Texts], None]] = {"bm25": _bm25, "hybrid": _hybrid}
 
 
 def _call(column: exp.Expr, score: Score) -> exp.Case:
@@ -194,8 +215,17 @@ def _check_place(node: exp.Expr, where: str) -> None:
         )
 
 
-def _score(analysis: Analysis, column: exp.Expr, words: exp.Expr, where: str, known: Sequence[Score]) -> Score:
-    if not isinstance(words, exp.Literal) or not words.is_string:
+def _score(analysis: Analysis, bound: _Bound, column: exp.Expr, words: exp.Expr, known: Sequence[Score]) -> Score:
+    where = shown(words.find_ancestor(exp.Anonymous) or words)
+    parameter = words.name if isinstance(words, exp.Placeholder) else None
+    said = (
+        bound.get(parameter)
+        if parameter
+        else words.this
+        if isinstance(words, exp.Literal) and words.is_string
+        else None
+    )
+    if not isinstance(said, str):
         raise QueryError("words to look for are one literal or parameter, a text", where=where)
     origin = analysis.origin(column) if isinstance(column, exp.Column) else None
     if not isinstance(column, exp.Column) or origin is None:
@@ -206,13 +236,15 @@ def _score(analysis: Analysis, column: exp.Expr, words: exp.Expr, where: str, kn
         advice = f"Compute it inside, where {reference.relation.name} stands in FROM, and name it"
         raise QueryError("a full-text score needs the table itself, not a subquery", where=where, next=advice)
     for score in known:
-        if score.reference is reference and (score.column, score.words) == (name, words.this):
+        # as in functions.py: what is a parameter is not the same as a literal that equals it today
+        same = score.reference is reference and (score.parameter is None) == (parameter is None)
+        if same and (score.column, score.words) == (name, said):
             return score
     key = reference.relation.column("id")
     if key is None:
         raise QueryError(f"{reference.relation.name} has no id column, which full-text scores need", where=where)
     reference.columns.add(key)
-    return Score(fresh_name("bm25_"), reference, name, words.this, key)
+    return Score(fresh_name("bm25_"), reference, name, said, key, parameter)
 
 
 def _check_index(reference: Reference, name: str, where: str) -> None:

@@ -112,3 +112,13 @@ def test_many_threads_share_one_plan(make_table: Callable[..., Any]) -> None:
     wanted = [fresh(opened, NEAREST, v=vector, most=150) for vector in vectors]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda vector: ask(opened, NEAREST, v=vector, most=150), vectors)) == wanted
+
+
+@pytest.mark.parametrize("own_first", [True, False])
+def test_a_vector_that_equals_the_querys_own_may_differ_later(make_table: Callable[..., Any], own_first: bool) -> None:
+    opened = open_table(make_table(200, dim=4).uri)
+    own, given = "distance(image_vec, [1, 0, 0, 0]) AS own", "distance(image_vec, $v) AS given"
+    columns = f"{own}, {given}" if own_first else f"{given}, {own}"
+    sql = f"SELECT id, {columns} FROM things ORDER BY id LIMIT 5"
+    for vector in ([1, 0, 0, 0], [0, 1, 0, 0]):
+        assert ask(opened, sql, v=vector) == fresh(opened, sql, v=vector)

@@ -284,3 +284,42 @@ def test_words_are_words_whatever_they_hold(texted: Texted, words: str) -> None:
     known = set("".join(c if c.isalnum() else " " for c in words.lower()).split())
     expected = sum(bool(known & set((text or "").split())) for text in texted.texts)
     assert texted.table.sql(sql, {"q": words}).to_pylist() == [{"n": expected}]
+
+
+WORDY = {
+    "text": "SELECT id, distance(image_vec, text($w)) AS d FROM things ORDER BY d, id LIMIT 7",
+    "bm25": "SELECT id, bm25(caption, $w) AS s FROM things WHERE bm25(caption, $w) > 0 ORDER BY s DESC, id LIMIT 7",
+    "scores": "SELECT id, bm25(caption, $w) AS s, bm25(caption, 'w1 w2') AS own FROM things ORDER BY id",
+    "hybrid": "SELECT id, hybrid(image_vec, caption, $w) AS s FROM things ORDER BY s DESC, id LIMIT 7",
+    "named by its words": "SELECT id, 1 - bm25(caption, $w) FROM things ORDER BY id LIMIT 7",
+    "also a value": "SELECT id, $w AS said, bm25(caption, $w) AS s FROM things ORDER BY id LIMIT 7",
+    "two": "SELECT id, bm25(caption, $w) AS s, bm25(caption, $x) AS t FROM things ORDER BY id",
+}
+
+
+@pytest.mark.parametrize("asked", WORDY)
+def test_a_plan_serves_other_words(texted: Texted, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from conjoin.pipeline.query import table
+
+    sql, opened, planned = WORDY[asked], open_table(texted.table.uri, None), []
+    original = table.prepare
+    monkeypatch.setattr(table, "prepare", lambda *given: planned.append(given) or original(*given))
+    words = ["w1 w2", "W3", "w1 w2", 'it\'s w4 "quoted"', "nothing", "w3"]
+    for w, x in zip(words, [*words[1:], "w3"], strict=True):
+        params = {"w": w, "x": x} if "$x" in sql else {"w": w}
+        before = len(planned)
+        found = opened.sql(sql, params)
+        anew = len(planned) - before
+        wanted = open_table(texted.table.uri, None).sql(sql, params)
+        assert found.to_pylist() == wanted.to_pylist()
+        assert anew == 0 or asked in ("also a value", "two") or w == words[0]
+
+
+def test_threads_that_ask_one_plan_have_their_own_words(texted: Texted) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    opened, words = open_table(texted.table.uri, None), [f"w{i % 40}" for i in range(48)]
+    wanted = [open_table(texted.table.uri, None).sql(WORDY["bm25"], {"w": w}).to_pylist() for w in words[:40]]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda w: opened.sql(WORDY["bm25"], {"w": w}).to_pylist(), words))
+    assert found == [*wanted, *wanted[:8]]
