@@ -39,8 +39,12 @@ def backward(
         leaves = {name: _vectors(some, states[name], sizes[name], device) for name, some in parts.items()}
     share = share_of({name: leaf.requires_grad_() for name, leaf in leaves.items()})
     torch.autograd.backward(share)
-    grads = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
-    del leaves
+    share = share.detach()  # its graph holds the leaves
+    # in the vectors' place: what the second passes keep beside them should not lie in the way of their activations
+    grads = {name: leaf.detach() for name, leaf in leaves.items()}
+    for name, leaf in leaves.items():
+        grads[name].copy_(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+    del leaves, leaf
     for name, grad in grads.items():
         last = len(parts[name]) - 1
         some_grads = torch.split(grad, sizes[name])
@@ -51,7 +55,7 @@ def backward(
                 again = part()
             if again.requires_grad:
                 torch.autograd.backward(again, part_grad)
-    return share.detach()
+    return share
 
 
 def _vectors(parts: Sequence[Part], states: list[_State], sizes: list[int], device: torch.device) -> torch.Tensor:

@@ -74,7 +74,7 @@ class Objective:
         pairs = self.pairs(list(encoded))
         parts = [weight * self._pair(batch, pair, scaled) for pair, weight in pairs.items()]
         # a rank without rows still has a graph, so that its backward takes part in the collectives
-        return torch.stack(parts).sum() + 0 * batch.vectors_TD.sum()
+        return torch.stack(parts).sum() + 0 * torch.stack([vectors.sum() for vectors in batch.vectors.values()]).sum()
 
     def chance(self, num_rows: int) -> float:
         """The loss of vectors that tell nothing apart, in a batch of so many pairs."""
@@ -132,11 +132,10 @@ class Objective:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """The rows of all ranks, by rank. vectors_TD: all modalities' present rows below each other; places: which of them
-    are a modality's, in the order of the batch; present_NM, group_N: of all N rows; start and stop: this rank's."""
+    """The rows of all ranks, by rank. vectors: of each modality's present rows, in the order of the batch; present_NM,
+    group_N: of all N rows; start and stop: this rank's."""
 
-    vectors_TD: torch.Tensor
-    places: Mapping[str, torch.Tensor]
+    vectors: Mapping[str, torch.Tensor]
     present_NM: torch.Tensor
     group_N: torch.Tensor
     start: int
@@ -148,27 +147,31 @@ class _Batch:
         counts = ranks.gather_counts(len(group_B), group_B.device)
         facts = ranks.gather(torch.cat([present_BM.to(torch.int64), group_B[:, None]], dim=1), counts)
         present_NM = facts[:, :-1].bool()
-        # one collective for all modalities: several could run backward in another order on another rank
-        per_rank = [present_NM[end - count : end].sum(0).tolist() for end, count in _ends(counts)]
-        local = torch.cat([losses.exact(found.vectors_BD) for found in encoded.values()])
-        vectors_TD = ranks.gather_with_grad(local, [sum(rows) for rows in per_rank])
-        places: dict[str, list[torch.Tensor]] = {name: [] for name in encoded}
-        at = 0
-        for rows in per_rank:
-            for name, count in zip(encoded, rows, strict=True):
-                places[name].append(torch.arange(at, at + count, device=local.device))
-                at += count
+        vectors = {name: losses.exact(found.vectors_BD) for name, found in encoded.items()}
+        if len(counts) > 1:
+            per_rank = [present_NM[end - count : end].sum(0).tolist() for end, count in _ends(counts)]
+            vectors = _of_all_ranks(vectors, per_rank)
         start = sum(counts[: ranks.rank()])
-        whole = {name: torch.cat(parts) for name, parts in places.items()}
-        return cls(vectors_TD, whole, present_NM, facts[:, -1], start, start + counts[ranks.rank()])
+        return cls(vectors, present_NM, facts[:, -1], start, start + counts[ranks.rank()])
 
     def column(self, name: str) -> torch.Tensor:
         """Which rows have this modality (N,)."""
-        return self.present_NM[:, list(self.places).index(name)]
+        return self.present_NM[:, list(self.vectors).index(name)]
 
     def rows_of(self, name: str, both_N: torch.Tensor) -> torch.Tensor:
         """The vectors of one modality of the rows that are wanted, all of which have it."""
-        return self.vectors_TD[self.places[name][both_N[self.column(name)]]]
+        wanted = both_N[self.column(name)]
+        return self.vectors[name] if bool(wanted.all()) else self.vectors[name][wanted]
+
+
+def _of_all_ranks(vectors: Mapping[str, torch.Tensor], per_rank: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Each modality's rows of all ranks; per_rank: how many each has of each modality.
+
+    One collective for all modalities: several could run backward in another order on another rank.
+    """
+    gathered_TD = ranks.gather_with_grad(torch.cat(list(vectors.values())), [sum(rows) for rows in per_rank])
+    blocks = torch.split(gathered_TD, [count for rows in per_rank for count in rows])
+    return {name: torch.cat(blocks[number :: len(vectors)]) for number, name in enumerate(vectors)}
 
 
 def _ends(counts: Sequence[int]) -> list[tuple[int, int]]:
