@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from conjoin.pipeline.errors import QueryError
 from conjoin.pipeline.index import Setting
+from conjoin.pipeline.measures import leaning
 from conjoin.pipeline.query.relations import Relation
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _tuned(relation: Relation, column: str, setting: Setting, target: float) -> 
 
 
 def _queries(relation: Relation, column: str) -> np.ndarray:
-    """(Q, D) unit vectors: of rows spread over the table, those of the column itself moved by half their length."""
+    """(Q, D) unit vectors: of rows spread over the table, those of the column itself as in pipeline/measures.py."""
     assert relation.dataset is not None
     rng, parts = np.random.default_rng(_SEED), []
     count = relation.dataset.count_rows()
@@ -102,8 +103,7 @@ def _queries(relation: Relation, column: str) -> np.ndarray:
         if vector.fingerprint == relation.vectors[column].fingerprint:
             stored = _matrix(relation.dataset.take(rows, columns=[name]).column(0).drop_null())[:_QUERIES]
             if name == column and len(stored):
-                step = rng.normal(size=stored.shape)
-                stored = stored + 0.5 * step / np.linalg.norm(step, axis=1, keepdims=True)
+                stored = leaning(stored, rng)
             parts.append(stored[np.linalg.norm(stored, axis=1) > 0] if len(stored) else stored)
     queries_QD = np.concatenate(parts)
     return np.asarray(queries_QD / np.linalg.norm(queries_QD, axis=1, keepdims=True), np.float32)
