@@ -243,3 +243,13 @@ def test_answers_are_right_after_any_rows_came_and_went(seed: int) -> None:
         wanted[:, : min(K, len(there))] = every[:, :K]
         np.testing.assert_allclose(kept.similarities_QK[:, :K], wanted, atol=1e-5)
     assert [(group.start, group.stop) for group in kept.groups] == [(0, 2), (2, 5)]
+
+
+def test_questions_lean_towards_another_row_each() -> None:
+    rng = np.random.default_rng(0)
+    vectors_QD = rng.normal(size=(50, 16)).astype(np.float32)
+    others_QD = (measures.leaning(vectors_QD, rng) - 0.7 * vectors_QD) / 0.3
+    found_Q = np.linalg.norm(others_QD[:, None] - vectors_QD[None], axis=2).argmin(axis=1)
+    np.testing.assert_allclose(others_QD, vectors_QD[found_Q], atol=1e-5)
+    assert sorted(found_Q) == list(range(50))
+    assert (found_Q != np.arange(50)).all()

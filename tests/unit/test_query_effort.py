@@ -59,9 +59,8 @@ def test_words_for_efforts() -> None:
     assert wanted_effort(exact=False, recall=0.9) == Effort(recall=0.9)
 
 
-def test_a_default_search_looks_at_more_than_the_average_needs() -> None:
+def test_a_default_search_is_as_the_index_measured() -> None:
     relation = Relation("things", pa.schema([]))
     measured = {"image_vec": Setting(8, 2, 40), "text_vec": Setting(30, 4, 40)}
-    surer = {"image_vec": Setting(16, 2, 40), "text_vec": Setting(40, 4, 40)}
-    assert DEFAULT.applied(relation, measured) == surer
+    assert DEFAULT.applied(relation, measured) == measured
     assert EXACT.applied(relation, measured) == {}
