@@ -6,6 +6,7 @@ A kill is an exception that nothing catches. It does not skip `finally` as SIGKI
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +63,8 @@ class Effects:
 
     def _watched(self, name: str, whole: Callable[..., object]) -> Callable[..., object]:
         def watched(*args: object, **kwargs: object) -> object:
+            if threading.current_thread().name == "heartbeat":  # by the clock: a slow night has more of them
+                return whole(*args, **kwargs)
             number = len(self.names)
             self.names.append(name)
             if self.dies == (number, False):
