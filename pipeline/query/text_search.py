@@ -218,14 +218,8 @@ def _check_place(node: exp.Expr, where: str) -> None:
 def _score(analysis: Analysis, bound: _Bound, column: exp.Expr, words: exp.Expr, known: Sequence[Score]) -> Score:
     where = shown(words.find_ancestor(exp.Anonymous) or words)
     parameter = words.name if isinstance(words, exp.Placeholder) else None
-    said = (
-        bound.get(parameter)
-        if parameter
-        else words.this
-        if isinstance(words, exp.Literal) and words.is_string
-        else None
-    )
-    if not isinstance(said, str):
+    said = bound.get(parameter) if parameter else words.this
+    if not isinstance(said, str) or not (parameter or words.is_string):
         raise QueryError("words to look for are one literal or parameter, a text", where=where)
     origin = analysis.origin(column) if isinstance(column, exp.Column) else None
     if not isinstance(column, exp.Column) or origin is None:
